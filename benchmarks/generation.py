@@ -29,7 +29,6 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.prefix_decoder import Decoder, Stopping
-from mslora_cr.generation.run import scored_once
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.utils.kernels import chosen_kernels
 
@@ -163,14 +162,13 @@ def answered(
     batch: int,
     ids: Ids,
     new_tokens: int,
-    others: Sequence[int] | None = None,
+    after_batch: Callable[[Decoder, Any, Sequence[int], list[list[int]]], None] | None = None,
 ) -> Answers:
     """Answers as evaluation gives them, in batches of so many questions.
 
     Args:
         pixels_of: returns the images of some questions; None where they have none.
-        others: ids that are scored behind each question beside its answer, which is a candidate itself; None scores
-            nothing.
+        after_batch: called with the decoder, the openings, and a batch's questions and answers.
     """
     limits = Limits(batch, new_tokens, batch * (max(map(len, prompts)) + new_tokens))
     decoder = Decoder(model, prompts, Stopping.of(ids, new_tokens))
@@ -182,8 +180,8 @@ def answered(
         openings = decoder.read(wave, {} if pixels is None else {"pixel_values": pixels})
         for chosen in wave.batches:
             given = decoder.answer(openings, chosen, waiting)
-            if others is not None:
-                scored_once(decoder, openings, chosen, [[answer, answer, others] for answer in given])
+            if after_batch is not None:
+                after_batch(decoder, openings, chosen, given)
             answers |= zip(chosen, given, strict=True)
             waiting -= 1
     return answers

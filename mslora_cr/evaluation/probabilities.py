@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,12 @@ def continuations_of(
     records: Iterable[TestRecord], processor: InputProcessor, candidates: Sequence[tuple[str, ...]]
 ) -> Callable[[int, Sequence[int]], Continuations]:
     """Return the continuations to score after each question: the answer that it got, then its candidates."""
-    asked = list(records)
+    asked, answer_ids = list(records), cache(processor.answer_ids)  # One question is often asked about many images.
 
     def continuations(question: int, ids: Sequence[int]) -> Continuations:
         record = asked[question]
         images = len(processor.image_names(record))
-        return [ids, *(processor.answer_ids(record.question, images, answer) for answer in candidates[question])]
+        return [ids, *(answer_ids(record.question, images, answer) for answer in candidates[question])]
 
     return continuations
 

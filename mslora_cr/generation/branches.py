@@ -10,53 +10,53 @@ from torch import Tensor
 
 Continuations = Sequence[Sequence[int]]
 """Token sequences that may follow a prompt, each of at least one token."""
+Beginning = tuple[int, ...]
+"""The first tokens of a continuation."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """The tokens to read in order to score some rows' continuations: all but the last of each, padded on the right.
+    """The tokens to read in order to score some rows' continuations, padded on the right: the last token of each
+    beginning, all but the whole. Continuations that begin alike share the tokens of what they have in common.
 
     Attributes:
+        places: For each row, the position of each beginning.
         ids: (rows, positions) int64.
-        branch: (rows, positions) int64, the continuation of each token; −1 for padding.
-        depth: (rows, positions) int64, the index of each token in its continuation.
+        depth: (rows, positions) int64, the index of each token in its continuation; −1 for padding.
+        lineage: (rows, positions, positions) bool, whether a position sees another: itself and the tokens before it.
     """
 
+    places: Sequence[dict[Beginning, int]]
     ids: Tensor
-    branch: Tensor
     depth: Tensor
+    lineage: Tensor
 
     @staticmethod
     def positions(continuations: Continuations) -> int:
         """Return the number of tokens to read in order to score the continuations of one prompt."""
-        return sum(len(tokens) - 1 for tokens in continuations)
+        return len(_beginnings(continuations))
 
     @classmethod
     def of(cls, continuations: Sequence[Continuations], padding: int, device: torch.device) -> Branches:
-        length = max(map(cls.positions, continuations))
-        rows = [
-            [(token, number, depth) for number, tokens in enumerate(row) for depth, token in enumerate(tokens[:-1])]
-            for row in continuations
-        ]
-        padded = [row + [(padding, -1, 0)] * (length - len(row)) for row in rows]
-        table = torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), length, 3)
-        return cls(*table.unbind(-1))
+        places = [_beginnings(row) for row in continuations]
+        length = max(map(len, places))
+        ids = torch.full((len(places), length), padding)
+        depth = torch.full((len(places), length), -1)
+        lineage = torch.zeros(len(places), length, length, dtype=torch.bool)
+        for row, of_row in enumerate(places):
+            for beginning, place in of_row.items():
+                ids[row, place], depth[row, place] = beginning[-1], len(beginning) - 1
+                lineage[row, place, [of_row[beginning[:end]] for end in range(1, len(beginning) + 1)]] = True
+        return cls(places, ids.to(device), depth.to(device), lineage.to(device))
 
     def seen(self, prompt: Tensor) -> Tensor:
-        """(rows, prompt + positions, prompt + positions) bool: a token sees the prompt's tokens before it, and those of
-        its own continuation up to itself.
+        """(rows, positions, prompt + positions) bool: a token sees the prompt and its continuation up to itself.
 
         Args:
             prompt: (rows, prompt) bool, false for padding.
         """
-        before = prompt.shape[1]
-        total = before + self.ids.shape[1]
-        seen = torch.zeros(len(prompt), total, total, dtype=torch.bool, device=prompt.device)
-        seen[:, :, :before] = prompt[:, None]
-        seen[:, :before, :before] &= torch.ones(before, before, dtype=torch.bool, device=prompt.device).tril()
-        same = (self.branch[:, :, None] == self.branch[:, None]) & (self.branch >= 0)[:, None]
-        seen[:, before:, before:] = same & (self.depth[:, :, None] >= self.depth[:, None])
-        return seen
+        before = prompt[:, None].expand(-1, self.ids.shape[1], -1)
+        return torch.cat([before, self.lineage], dim=2)
 
     def gather(self, logits: Tensor, continuations: Sequence[Continuations]) -> list[list[list[float]]]:
         """Return the log-probability of each token of each continuation of each row.
@@ -65,14 +65,18 @@ class Branches:
             logits: (rows, 1 + positions, vocabulary) float32; the first are those after the prompt.
             continuations: By row.
         """
-        normalizers = logits.logsumexp(-1)
-        gathered = []
-        for row, several in enumerate(continuations):
-            start, scores = 1, []
-            for tokens in several:
-                positions = torch.tensor([0, *range(start, start + len(tokens) - 1)], device=logits.device)
-                chosen = torch.tensor(list(tokens), device=logits.device)
-                scores.append((logits[row, positions, chosen] - normalizers[row, positions]).tolist())
-                start += len(tokens) - 1
-            gathered.append(scores)
-        return gathered
+        wanted = [
+            (row, 1 + places[beginning] if (beginning := tuple(tokens[:end])) else 0, tokens[end])
+            for row, (places, several) in enumerate(zip(self.places, continuations, strict=True))
+            for tokens in several
+            for end in range(len(tokens))
+        ]
+        rows, positions, chosen = torch.tensor(wanted, device=logits.device).unbind(1)
+        scores = iter((logits[rows, positions, chosen] - logits.logsumexp(-1)[rows, positions]).tolist())
+        return [[[next(scores) for _ in tokens] for tokens in several] for several in continuations]
+
+
+def _beginnings(continuations: Continuations) -> dict[Beginning, int]:
+    """Return the position of each beginning of some continuations that is neither empty nor a whole one's last part."""
+    beginnings = dict.fromkeys(tuple(tokens[:end]) for tokens in continuations for end in range(1, len(tokens)))
+    return {beginning: place for place, beginning in enumerate(beginnings)}

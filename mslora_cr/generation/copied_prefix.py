@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mslora_cr.banks.per_sample import QuestionBanks
+from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Wave
 from mslora_cr.generation.branches import Branches, Continuations
+from mslora_cr.generation.decode_state import Generated, unknown, with_known
 from mslora_cr.generation.model_prefix import ModelPrefixDecoder
-from mslora_cr.generation.prefix_decoder import OnToken
+from mslora_cr.generation.prefix_decoder import OnToken, Stopping
 
 
 @dataclass
@@ -62,8 +65,32 @@ class CopiedOpenings:
     next_logits: Tensor | None
 
 
+@dataclass(frozen=True)
+class CopiedQuestions:
+    """Questions that were read together, so that continuations of them can be scored.
+
+    Attributes:
+        openings: The openings that they follow.
+        states: A row for each.
+        logits: (questions, vocabulary) float32, after them.
+        answers: The answers to the questions that were answered.
+    """
+
+    openings: CopiedOpenings
+    states: States
+    logits: Tensor
+    answers: dict[int, Generated]
+
+
 class CopyingDecoder(ModelPrefixDecoder):
     """Answers questions from copies of an opening's cache."""
+
+    def __init__(
+        self, model: Any, prompts: Sequence[Prompt], stopping: Stopping, mixed: QuestionBanks | None = None
+    ) -> None:
+        super().__init__(model, prompts, stopping, mixed)
+        self._copied: dict[tuple[int, ...], CopiedQuestions] = {}
+        """The questions that were answered last, by the part of a batch in which they were computed."""
 
     @torch.inference_mode()
     def read(self, wave: Wave, inputs: Mapping[str, Any]) -> CopiedOpenings:  # type: ignore[override]
@@ -83,9 +110,9 @@ class CopyingDecoder(ModelPrefixDecoder):
         self, openings: CopiedOpenings, questions: Sequence[int], waiting: int = 1, on_token: OnToken | None = None
     ) -> list[list[int]]:
         """As `Decoder.answer`."""
-        answers: dict[int, list[int]] = {}
-        for part in self.parts_of(openings, questions):
-            answers |= self._answer(openings, part, on_token)
+        parts = list(self.parts_of(openings, questions))
+        self._copied = {tuple(part): self._answer(openings, part, on_token) for part in parts}
+        answers = {question: given.ids for asked in self._copied.values() for question, given in asked.answers.items()}
         return [answers[question] for question in questions]
 
     @torch.inference_mode()
@@ -94,18 +121,33 @@ class CopyingDecoder(ModelPrefixDecoder):
     ) -> list[list[list[float]]]:
         """As `Decoder.log_probabilities`, one continuation of each question after the other."""
         wanted = dict(zip(questions, continuations, strict=True))
-        scores: dict[int, list[list[float]]] = {question: [] for question in questions}
+        scores: dict[int, list[list[float]]] = {}
         for part in self.parts_of(openings, questions):
-            states, after = self._after(openings, part)
-            for number in range(max(len(wanted[question]) for question in part)):
-                rows = [wanted[question][number : number + 1] or wanted[question][:1] for question in part]
-                branches, logits = Branches.of(rows, self.stopping.padding, self.device), after[:, None]
-                if branches.ids.shape[1]:
-                    followed = self._follow(states.select(range(len(part))), branches.ids, branches.ids.shape[1])
-                    logits = torch.cat([logits, followed], dim=1)
-                for question, scored in zip(part, branches.gather(logits, rows), strict=True):
-                    scores[question] += scored[: len(wanted[question]) - number]
+            asked = self._copied.get(tuple(part))
+            if asked is None or asked.openings is not openings:
+                asked = CopiedQuestions(openings, *self._after(openings, part), {})
+            answers = [asked.answers.get(question, Generated()) for question in part]
+            several = [wanted[question] for question in part]
+            found = self._score_copies(asked, part, unknown(several, answers))
+            scores |= zip(part, with_known(several, answers, found), strict=True)
         return [scores[question] for question in questions]
+
+    def _score_copies(
+        self, asked: CopiedQuestions, part: Sequence[int], continuations: Sequence[Continuations]
+    ) -> list[list[list[float]]]:
+        """Score the continuations of some questions, each question's first ones together, then the second ones."""
+        found: list[list[list[float]]] = [[] for _ in part]
+        for number in range(max(map(len, continuations))):
+            rows = [row for row, several in enumerate(continuations) if number < len(several)]
+            one_each = [continuations[row][number : number + 1] for row in rows]
+            branches, logits = Branches.of(one_each, self.stopping.padding, self.device), asked.logits[rows][:, None]
+            if branches.ids.shape[1]:
+                self._choose([part[row] for row in rows])
+                followed = self._follow(asked.states.select(rows), branches.ids, branches.ids.shape[1])
+                logits = torch.cat([logits, followed], dim=1)
+            for row, scored in zip(rows, branches.gather(logits, one_each), strict=True):
+                found[row] += scored
+        return found
 
     def parts_of(self, openings: CopiedOpenings, questions: Sequence[int]) -> Iterator[list[int]]:
         """Yield questions with equally long texts after their openings, which need no padding."""
@@ -126,21 +168,20 @@ class CopyingDecoder(ModelPrefixDecoder):
         rest = torch.tensor([self.prompts[question].rest for question in questions], device=self.device)
         return states, self._follow(states, rest, 1)[:, -1]
 
-    def _answer(
-        self, openings: CopiedOpenings, questions: Sequence[int], on_token: OnToken | None
-    ) -> dict[int, list[int]]:
-        states, logits = self._after(openings, questions)
-        answers: dict[int, list[int]] = {question: [] for question in questions}
-        rows = list(questions)
+    def _answer(self, openings: CopiedOpenings, questions: Sequence[int], on_token: OnToken | None) -> CopiedQuestions:
+        asked = CopiedQuestions(
+            openings, *self._after(openings, questions), {question: Generated() for question in questions}
+        )
+        states, logits, rows = asked.states.select(range(len(questions))), asked.logits, list(questions)
         while True:
-            newest = self._next_ids(logits)
-            going = self._append(answers, dict(zip(rows, newest.tolist(), strict=True)), on_token)
+            ids, scores = self._next(logits)
+            going = self._append(asked.answers, rows, (ids, scores), on_token)
             if not going:
-                return answers
+                return asked
             if 2 * len(going) <= len(rows):
-                states, newest, rows = states.select(going), newest[going], [rows[row] for row in going]
+                states, ids, rows = states.select(going), ids[going], [rows[row] for row in going]
                 self._choose(rows)
-            logits = self._follow(states, newest[:, None], 1)[:, -1]
+            logits = self._follow(states, ids, 1)[:, -1]
 
     def _follow(self, states: States, ids: Tensor, keep: int) -> Tensor:
         """Read further ids of each row, (rows, length); return the scores after the last `keep` of them, in float32."""

@@ -72,6 +72,7 @@ class StaticRows:
 
         self.rows = Rows(
             ids=indices(shape.rows, 1),
+            scores=torch.zeros(shape.rows, 1, device=device),
             positions=indices(shape.rows, 1),
             visible=torch.zeros(shape.rows, shape.before + shape.suffix, dtype=torch.bool, device=device),
             cache=SharedCache(
@@ -132,6 +133,7 @@ class StaticRows:
         start = self.shape.before - rows.before
         for buffer, tensor in (
             (self.rows.ids, rows.ids),
+            (self.rows.scores, rows.scores),
             (self.rows.positions, rows.positions),
             (ours.group, theirs.group),
             (ours.index_in_group, theirs.index_in_group),

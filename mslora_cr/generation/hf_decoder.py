@@ -126,7 +126,7 @@ class PlainDecoder:
             logits = prompt.logits.float()
             if branches.ids.shape[1]:
                 before = {
-                    "attention_mask": torch.cat([mask, (branches.branch >= 0).to(mask)], dim=1),
+                    "attention_mask": torch.cat([mask, (branches.depth >= 0).to(mask)], dim=1),
                     "past_key_values": copy.deepcopy(prompt.cache),
                 }
                 positions = self._positions(branches.ids, before)

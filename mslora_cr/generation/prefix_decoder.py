@@ -22,7 +22,7 @@ from mslora_cr.generation.attention import SharedCache, membership, sharing
 from mslora_cr.generation.batching import QUERIES, Wave
 from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.cuda_graphs import POSITIONS, StaticSteps, padded
-from mslora_cr.generation.decode_state import Asked, Openings, Rows
+from mslora_cr.generation.decode_state import Asked, Generated, Openings, Rows, unknown, with_known
 from mslora_cr.models.language import base_of, language_linears, language_model
 
 if TYPE_CHECKING:
@@ -149,8 +149,10 @@ class Decoder:
             on_token: Called with each question's new token ids.
         """
         with sharing(self._language):
-            self._choose(questions)
-            return self._continue(self._begin(openings, questions), list(questions), waiting, on_token)
+            asked, rows = self._begin(openings, questions)
+            asked.answers.update({question: Generated() for question in questions})
+            self._continue(rows, list(questions), asked.answers, waiting, on_token)
+        return [asked.answers[question].ids for question in questions]
 
     @torch.inference_mode()
     def log_probabilities(
@@ -158,30 +160,32 @@ class Decoder:
     ) -> list[list[list[float]]]:
         """Return the log-probability of each token of each continuation of a question, given the tokens before it.
 
-        Questions that were just answered are not read again. All continuations of a question follow it in one row and
-        do not see each other (tree attention, Miao et al., "SpecInfer", ASPLOS 2024).
+        Neither questions that were just answered nor their answers are read again. All other continuations of a
+        question follow it in one row, as branches of a tree (tree attention, Miao et al., "SpecInfer", ASPLOS 2024).
 
         Args:
             continuations: For each question, any number of token sequences; empty ones are refused.
         """
-        log_probabilities: list[list[list[float]]] = []
         with sharing(self._language):
             asked = self._asked
             if asked is None or asked.openings is not openings or asked.questions != tuple(questions):
-                self._choose(questions)
-                self._begin(openings, questions)
-                asked = self._asked
-            assert asked is not None
-            for part in self._scoring_batches(continuations):
-                log_probabilities += self._score(asked, part, [continuations[row] for row in part])
-        return log_probabilities
+                asked, _ = self._begin(openings, questions)
+            answers = [asked.answers.get(question, Generated()) for question in questions]
+            unread = unknown(continuations, answers)
+            scores: list[list[list[float]]] = [[] for _ in unread]
+            for part in self._scoring_batches(unread):
+                for row, found in zip(part, self._score(asked, part, [unread[row] for row in part]), strict=True):
+                    scores[row] = found
+        return with_known(continuations, answers, scores)
 
     def _scoring_batches(self, continuations: Sequence[Continuations]) -> list[list[int]]:
-        """Return the rows to score at once: as many as bounded memory for attention scores and logits allows."""
+        """Return the rows to score at once, of those with continuations: as many as bounded memory for attention scores
+        and logits allows."""
+        asked = [row for row, several in enumerate(continuations) if several]
         positions = max(map(Branches.positions, continuations))
         logits = self.model.config.get_text_config().vocab_size * (1 + positions)
         rows = max(1, min(QUERIES // max(1, positions), LOGITS // logits))
-        return [list(part) for part in in_batches(range(len(continuations)), rows)]
+        return [list(part) for part in in_batches(asked, rows)]
 
     def _score(
         self, asked: Asked, part: Sequence[int], continuations: Sequence[Continuations]
@@ -195,93 +199,88 @@ class Decoder:
         if not length:
             return branches.gather(logits[0], continuations)
         self._choose(questions)
-        rows = [openings.wave.openings[question] for question in questions]
-        start, stop = rows[0], rows[-1] + 1
-        group = [row_positions - start for row_positions in rows]
-        row_positions, members = (states.to(self.device) for states in membership(group, stop - start))
-        index = torch.tensor(group, device=self.device)
-        before, rest_visible = openings.visible[start:stop][index], asked.visible[chosen]
+        used, grouping = self._grouping(openings, questions)
+        index = grouping[0]
+        before, rest_visible = openings.visible[used][index], asked.visible[chosen]
         prompt = torch.cat([before, rest_visible], dim=1)
         order = torch.cat([_positions(prompt), prompt.sum(1)[:, None] + branches.depth], dim=1)
-        positions = order[:, -length:] + (openings.next_positions[start:stop][index] - before.sum(1))[:, None]
+        positions = order[:, -length:] + (openings.next_positions[used][index] - before.sum(1))[:, None]
         rest = rest_visible.shape[1]
         own_states = [
             (_extended(keys[chosen, :, :rest], length), _extended(values[chosen, :, :rest], length))
             for keys, values in asked.caches
         ]
         cache = SharedCache(
-            [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values],
+            [(keys[used], values[used]) for keys, values in openings.keys_values],
             own_states,
-            index,
-            row_positions,
-            members,
+            *grouping,
             torch.arange(rest, rest + length, device=self.device),
         )
-        output = self.model(
-            input_ids=branches.ids,
-            attention_mask=self._branching(branches.seen(prompt)[:, -length:], order),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=length,
-            shared=cache,
-        )
-        logits.append(output.logits.float())
+        seen = self._branching(branches.seen(prompt), order)
+        logits.append(self._forward(branches.ids, positions, seen, cache, length).float())
         return branches.gather(torch.cat(logits, dim=1), continuations)
 
-    def _begin(self, openings: Openings, questions: Sequence[int]) -> Rows:
+    def _begin(self, openings: Openings, questions: Sequence[int]) -> tuple[Asked, Rows]:
         """Compute what follows the openings, and the first new token."""
-        rows = [openings.wave.openings[question] for question in questions]
-        start, stop = rows[0], rows[-1] + 1  # A batch's questions are in the order of the openings.
-        group = [row_positions - start for row_positions in rows]
-        row_positions, members = (part.to(self.device) for part in membership(group, stop - start))
-        index = torch.tensor(group, device=self.device)
-        before = openings.visible[start:stop][index]
-        ids, suffix_visible = self._padded([] if openings.wave.whole else [self.prompts[q].rest for q in questions])
+        self._choose(questions)
+        used, grouping = self._grouping(openings, questions)
+        index = grouping[0]
+        before = openings.visible[used][index]
+        ids, suffix_visible = self._padded([() if openings.wave.whole else self.prompts[q].rest for q in questions])
         length = ids.shape[1]
         # The last new token's keys and values are never read.
-        free = torch.zeros(
-            len(questions), max(1, self.stopping.max_new_tokens - 1), dtype=torch.bool, device=self.device
-        )
-        visible = torch.cat([before, suffix_visible, free] if length else [before, free], dim=1)
-        opening_states = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
+        free = suffix_visible.new_zeros(len(questions), max(1, self.stopping.max_new_tokens - 1))
+        visible = torch.cat([before, suffix_visible, free], dim=1)
+        opening_states = [(keys[used], values[used]) for keys, values in openings.keys_values]
         space = visible.shape[1] - before.shape[1]
         suffixes = [
-            (
-                keys.new_zeros(len(questions), keys.shape[1], space, keys.shape[3]),
-                values.new_zeros(len(questions), values.shape[1], space, values.shape[3]),
-            )
+            (_zeros(keys, len(questions), space), _zeros(values, len(questions), space))
             for keys, values in opening_states
         ]
         slots = torch.arange(length, device=self.device)
-        following = openings.next_positions[start:stop][index][:, None]
+        following = openings.next_positions[used][index][:, None]
         if length:
-            cache = SharedCache(opening_states, suffixes, index, row_positions, members, slots)
+            cache = SharedCache(opening_states, suffixes, *grouping, slots)
             positions = (following + suffix_visible.cumsum(1) - 1).clamp(min=0)
-            logits = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)
+            logits = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)[:, -1]
             following = following + suffix_visible.sum(1, keepdim=True)
         else:
             assert openings.next_logits is not None
-            logits, suffix_visible = openings.next_logits[start:stop][index], visible.new_empty(len(questions), 0)
+            logits = openings.next_logits[used][index]
         self._asked = Asked(openings, tuple(questions), suffix_visible, suffixes, logits)
-        next_ids = self._next_ids(logits)
-        cache = SharedCache(opening_states, suffixes, index, row_positions, members, slots.new_tensor([length]))
-        return Rows(next_ids[:, None].clone(), following, visible, cache)
+        cache = SharedCache(opening_states, suffixes, *grouping, slots.new_tensor([length]))
+        return self._asked, Rows(*self._next(logits), following, visible, cache)
+
+    def _grouping(self, openings: Openings, questions: Sequence[int]) -> tuple[slice, tuple[Tensor, Tensor, Tensor]]:
+        """Return which openings questions follow, and `group`, `index_in_group` and `members` of a `SharedCache`."""
+        rows = [openings.wave.openings[question] for question in questions]
+        first, last = rows[0], rows[-1]  # A batch's questions are in the order of the openings.
+        group = [row - first for row in rows]
+        index_in_group, members = membership(group, last + 1 - first)
+        group_of = torch.tensor(group, device=self.device)
+        return slice(first, last + 1), (group_of, index_in_group.to(self.device), members.to(self.device))
 
     def step(self, rows: Rows) -> None:
         """Compute one new token for each row, in place."""
         rows.visible.index_fill_(1, rows.cache.slots + rows.before, True)
-        logits = self._forward(rows.ids, rows.positions, self._newest(rows.visible), rows.cache)
-        rows.ids.copy_(self._next_ids(logits)[:, None])
+        logits = self._forward(rows.ids, rows.positions, self._newest(rows.visible), rows.cache)[:, -1]
+        for newest, following in zip((rows.ids, rows.scores), self._next(logits), strict=True):
+            newest.copy_(following)
         rows.positions += 1
         rows.cache.slots += 1
 
-    def _continue(self, rows: Rows, questions: list[int], waiting: int, on_token: OnToken | None) -> list[list[int]]:
+    def _continue(
+        self,
+        rows: Rows,
+        questions: list[int],
+        answers: Mapping[int, Generated],
+        waiting: int,
+        on_token: OnToken | None,
+    ) -> None:
         """Compute new tokens until every row has ended.
 
         Ended rows leave the batch once they are half of it, unless its steps are recorded: then they cost nothing.
         """
-        answers: dict[int, list[int]] = {question: [] for question in questions}
         static = None
         if self.steps is not None:
             static = self.steps.for_rows(rows, self.step, waiting, lambda count: self._choose(padded(questions, count)))
@@ -291,10 +290,9 @@ class Decoder:
                 static.load(rows)
                 rows = static.rows
         while True:
-            newest = rows.ids[: len(questions)].flatten().tolist()
-            going = self._append(answers, dict(zip(questions, newest, strict=True)), on_token)
+            going = self._append(answers, questions, (rows.ids, rows.scores), on_token)
             if not going:
-                return list(answers.values())
+                return
             if static is not None:
                 static.step(self.step)
                 continue
@@ -304,40 +302,51 @@ class Decoder:
             self.step(rows)
 
     def _append(
-        self, answers: Mapping[int, list[int]], newest: Mapping[int, int], on_token: OnToken | None
+        self,
+        answers: Mapping[int, Generated],
+        questions: Sequence[int],
+        newest: tuple[Tensor, Tensor],
+        on_token: OnToken | None,
     ) -> list[int]:
-        """Append the newest token of each question to its answer, unless that has ended; return the places of the
-        questions whose answers go on."""
-        for question, token in newest.items():
-            if not self._ended(answers[question]):
-                answers[question].append(token)
+        """Append the newest token of each question and its log-probability to the answer, unless that has ended; return
+        the places of the questions whose answers go on."""
+        ids, scores = (values[: len(questions)].flatten().tolist() for values in newest)
+        for question, token, score in zip(questions, ids, scores, strict=True):
+            if not self._ended(answers[question].ids):
+                answers[question].append(token, score)
                 if on_token is not None:
                     on_token(question, token)
-        return [row for row, question in enumerate(newest) if not self._ended(answers[question])]
+        return [row for row, question in enumerate(questions) if not self._ended(answers[question].ids)]
 
     def _ended(self, answer: Sequence[int]) -> bool:
         return len(answer) == self.stopping.max_new_tokens or (bool(answer) and answer[-1] in self.stopping.end_ids)
 
-    def _next_ids(self, logits: Tensor) -> Tensor:
-        return of_first_rank(_best(logits)) if self.stopping.together else _best(logits)
+    def _next(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the likeliest ids, compared in float32 as in `generate`, and their log-probabilities, (rows, 1)."""
+        scores = logits.float()
+        ids = scores.argmax(-1, keepdim=True)
+        if self.stopping.together:
+            ids = of_first_rank(ids)
+        return ids, scores.gather(-1, ids) - scores.logsumexp(-1, keepdim=True)
 
     def _choose(self, questions: Sequence[int]) -> None:
         """Assign the next rows to these questions."""
         if self.mixed is not None:
             self.mixed.choose(questions)
 
-    def _forward(self, ids: Tensor, positions: Tensor, seen: Mask, cache: SharedCache) -> Tensor:
-        """Return (rows, vocabulary) after the last positions."""
+    def _forward(self, ids: Tensor, positions: Tensor, seen: Mask, cache: SharedCache, keep: int = 1) -> Tensor:
+        """Return (rows, keep, vocabulary) after the last positions."""
         output = self.model(
             input_ids=ids,
             attention_mask=seen,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
             shared=cache,
         )
-        return output.logits[:, -1]
+        logits: Tensor = output.logits
+        return logits
 
     def _branching(self, seen: Tensor, order: Tensor) -> Mask:
         """Return (rows, 1, new positions, all positions), from `Branches.seen` and the order of each row's tokens."""
@@ -379,11 +388,11 @@ def _positions(visible: Tensor) -> Tensor:
     return (visible.cumsum(1) - 1).clamp(min=0)
 
 
-def _best(logits: Tensor) -> Tensor:
-    """Return (rows,) from (rows, vocabulary): the likeliest id, compared in float32 as in `generate`."""
-    return logits.float().argmax(-1)
-
-
 def _extended(states: Tensor, length: int) -> Tensor:
     """Return keys or values with room for further positions, (rows, heads, positions + length, width)."""
-    return torch.cat([states, states.new_zeros(*states.shape[:2], length, states.shape[3])], dim=2)
+    return torch.cat([states, _zeros(states, len(states), length)], dim=2)
+
+
+def _zeros(like: Tensor, rows: int, positions: int) -> Tensor:
+    """Return room for keys or values, (rows, heads, positions, width)."""
+    return like.new_zeros(rows, like.shape[1], positions, like.shape[3])

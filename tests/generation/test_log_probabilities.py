@@ -24,7 +24,7 @@ from tests.helpers.families import FAMILIES, make
 
 IMAGES = sorted(f"images/{path.name}" for path in (GOLDEN / "images").glob("*.png"))
 QUESTIONS = ["is this a cell?", "is there a lesion of the skin or none?", "what does the picture show?", "normal?"]
-CANDIDATES = [["yes", "no"], ["left", "right", "no lesion of the skin"], [], ["normal"]]
+CANDIDATES = [["yes", "no"], ["left", "no lesion", "no lesion of the skin"], [], ["normal"]]
 NEW_TOKENS = 6
 TOLERANCE = 1e-5
 
@@ -92,6 +92,33 @@ def test_each_is_that_of_one_forward_pass(
         assert [len(scores) for scores in found[question]] == [len(tokens) for tokens in several]
         for tokens, scores in zip(several, found[question], strict=True):
             assert scores == pytest.approx(brute_force(base, samples, question, tokens), abs=TOLERANCE)
+
+
+def test_the_answer_and_what_continuations_share_is_read_once(
+    base: LlavaMed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After answering, yes and no take two positions each, a tree one for each different beginning, the answer none."""
+    prepare = LlavaMedInputs(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
+    samples = EvalDataset(asked(tmp_path, repeats=0), [GOLDEN], prepare)
+    decoder = decoder_of(prepare, base.model, samples.prompts(), NEW_TOKENS)
+    prompts = decoder.prompts
+    [wave] = in_waves(grouped(prompts, range(4), lambda _: ()), prompts, Limits(4, NEW_TOKENS, 1000))
+    pixels = prepare.answering_batch(prompts[:1], [samples.load_images(0)])
+    openings = decoder.read(wave, pixels)
+    answers = decoder.answer(openings, wave.batches[0])
+    read: list[tuple[int, ...]] = []
+    forward = base.model.forward
+    monkeypatch.setattr(
+        base.model, "forward", lambda **given: read.append(tuple(given["input_ids"].shape)) or forward(**given)
+    )
+    [yes, no] = [list(prepare.answer_ids("normal?", 1, text)) for text in ("yes", "no")]
+    assert len(yes) == len(no) == 3 and yes[1:] == no[1:], "a word, a space and the end of the text"
+    others = [[answer, yes, no] for answer in answers]
+    decoder.log_probabilities(openings, wave.batches[0], others)
+    decoder.log_probabilities(openings, wave.batches[0], [[answer] for answer in answers])
+    tree = [[(7, 8, 9), (7, 8, 5, 9), (7, 6, 9), answer] for answer in answers]
+    decoder.log_probabilities(openings, wave.batches[0], tree)
+    assert read == [(4, 4), (4, 4)]
 
 
 def test_each_row_is_scored_with_its_own_banks(base: LlavaMed, tmp_path: Path) -> None:
