@@ -4,9 +4,9 @@
     python -m benchmarks.families gemma4 florence2   # these types alone
 
 Each type is tried with a tiny random model and a processor of its class (`tests/helpers`). Loading it checks its
-labels. A bank then gets gradients, and is saved and read; a router's features of an image are computed; the scores
-after a shared opening are compared with those of whole prompts; and what the language model receives from kept features
-of images with what it receives from pixels.
+labels, and an answer with reasoning must be learned whole. A router's features of an image are computed; a bank gets
+gradients, and is saved and read; the scores after a shared opening are compared with those of whole prompts; and what
+the language model receives from kept features of images with what it receives from pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from mslora_cr.banks.io import load_bank, save_bank
 from mslora_cr.banks.stack import BankStack
+from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.data.records import TrainingRecord
 from mslora_cr.generation.copied_prefix import CopyingDecoder
 from mslora_cr.generation.exactness import exact_decoder
@@ -43,6 +44,8 @@ from tests.helpers.more_families import MORE, REFUSED, make_more
 
 HEAD = ("type", "class", "outcome")
 RANK = 4
+THOUGHT = "it is round and dark"
+REASONED = (TURNS[0], {"from": "gpt", "value": f"<think>{THOUGHT}</think> yes it is"})
 _FOLDER = re.compile(r"^/\S+: ")
 WAYS = {
     ModelPrefixDecoder: "answers behind shared openings",
@@ -93,6 +96,8 @@ def _tried(kind: str, folder: Path) -> str:
     decoder = exact_decoder(base.model, base.input_processor(1 << 15, True))
     base.image_encoder.features([[_image()]], torch.device("cpu"))
     kept = _kept(base)
+    _image().save(folder / "image.png")
+    _check_reasoning(base, folder)
     _train(base, folder)
     experts = "; fused experts are not adapted" if fused_experts(base.model) else ""
     needs = "" if "pil" in image_backends(kind) else "; needs torchvision"
@@ -108,12 +113,23 @@ def _kept(base: ProcessorBase) -> str:
     return ""
 
 
+def _batch(base: ProcessorBase, folder: Path, turns: Sequence[Mapping[str, str]]) -> dict[str, torch.Tensor]:
+    record = TrainingRecord.model_validate({"id": 1, "image": ["image.png"], "conversations": list(turns)})
+    inputs = base.input_processor(1 << 15, True)
+    return inputs.batch([inputs.sample(0, record, [folder])])
+
+
+def _check_reasoning(base: ProcessorBase, folder: Path) -> None:
+    """Refuse a type that would learn an answer without the reasoning in front of it."""
+    labels = _batch(base, folder, REASONED)["labels"]
+    learned = base.processor.tokenizer.decode(labels[labels != IGNORE_INDEX], skip_special_tokens=True)
+    if THOUGHT.replace(" ", "") not in learned.replace(" ", ""):
+        raise ModelError(f"{type(base.model).__name__}: of an answer with reasoning, {learned!r} would be learned")
+
+
 def _train(base: ProcessorBase, folder: Path) -> None:
     """Train a bank for one step on one record, save it and read it."""
-    _image().save(folder / "image.png")
-    record = TrainingRecord.model_validate({"id": 1, "image": ["image.png"], "conversations": list(TURNS)})
-    inputs = base.input_processor(1 << 15, True)
-    batch = inputs.batch([inputs.sample(0, record, [folder])])
+    batch = _batch(base, folder, TURNS)
     keep, targets = loss_mask(batch.pop("labels"))
     del batch["record_index"]
     check_loss(base, batch, keep, targets)

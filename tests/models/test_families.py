@@ -81,10 +81,11 @@ def test_ids_labels_and_loss_are_those_of_the_processor(family: str, folder: Fol
         conversation([small], "<image>\nis this a cell?", "yes it is"),
         conversation([wide, small], "<image><image>\nwhat does the picture show?", "a lesion", "left?", "no, right"),
         conversation([], "is the skin normal?", "no"),
+        conversation([small], "<image>\nis this a cell?", "<think>the skin shows a lesion</think> no"),
     ]
     samples = [input_processor.sample(index, record, [tmp_path]) for index, record in enumerate(records)]
     batch = input_processor.batch(samples)
-    assert batch.pop("record_index").tolist() == [0, 1, 2]
+    assert batch.pop("record_index").tolist() == [*range(len(records))]
     ended = "<eos>" if family == "llava" else ""  # LLaVA-1.5's template ends no answer
     for row, record in enumerate(records):
         images = [load_image(tmp_path / name) for name in record.images]
