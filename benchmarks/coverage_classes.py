@@ -2,21 +2,32 @@
 
 `yes or no` has sensitivity 0.8 and specificity 0.9, and scores of the classes that are 1.5 standard deviations apart.
 `three classes` have 10, 30 and 60 % of the questions. `counts` are off by a Poisson number that the questions of an
-image share in part. `figures of two systems` are as good as each other. `permuted labels` splits patients at random
-into three groups, none of which differs in truth.
+image share in part. `figures of two systems` are as good as each other, and too sure. Of `one system surer than the
+other` only the first is too sure, so calibration errors and Brier's scores differ. `permuted labels` splits patients at
+random into three groups, none of which differs in truth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
+from scipy.special import expit, logit, ndtr, ndtri
 
 from benchmarks.coverage import CORRELATION, QUESTIONS, Trial, answers, covers, groups_of
-from mslora_cr.metrics.by_class import AUROC, AVERAGE_PRECISION, class_columns, macro_areas
+from mslora_cr.metrics.by_class import (
+    AUROC,
+    AVERAGE_PRECISION,
+    BRIER,
+    CALIBRATION_ERROR,
+    brier_scores,
+    class_columns,
+    confidence_scores,
+    macro_areas,
+)
 from mslora_cr.metrics.closed import Confusion, class_figures, confusion, confusion_figures
 from mslora_cr.metrics.discrimination import auroc, average_precision
 from mslora_cr.metrics.measured import Measured
@@ -28,6 +39,8 @@ from mslora_cr.statistics.subgroups import subgroups
 
 SEPARATION = 1.5
 """Of the scores of questions inside and outside a class, in standard deviations."""
+SHARPNESS = 2.0
+"""By which the log odds of two systems are too far from zero."""
 FLIPS = 1000
 SHARES = np.array([0.1, 0.3, 0.6])
 CLASSES = ("a", "b", "c")
@@ -44,6 +57,8 @@ def class_settings() -> dict[str, Trial]:
             for prevalence in (0.05, 0.5):
                 found[f"yes or no, {questions}{more}, {prevalence:.0%} yes"] = _yes_or_no(groups, prevalence)
                 found[f"figures of two systems, {questions}{more}, {prevalence:.0%} yes"] = _two(groups, prevalence)
+                unlike = f"one system surer than the other, {questions}{more}, {prevalence:.0%} yes"
+                found[unlike] = _two(groups, prevalence, 1.0)
     found["permuted labels, 60 patients of 4"] = _permuted
     return found
 
@@ -164,28 +179,63 @@ def _counts(groups: Groups) -> Trial:
     return trial
 
 
-def _two(groups: Groups, prevalence: float) -> Trial:
-    """Two systems with sensitivity 0.8 and specificity 0.9 on the same questions, and their paired differences."""
+def _two(groups: Groups, prevalence: float, sharper: float = SHARPNESS) -> Trial:
+    """Two systems with sensitivity 0.8 and specificity 0.9 on the same questions, and their paired differences.
+
+    Args:
+        sharper: By how much the second system's log odds are too far from zero; the first one's are by `SHARPNESS`.
+    """
 
     def trial(generator: np.random.Generator) -> Mapping[str, bool]:
         yes = generator.random(len(groups)) < prevalence
-        one, other = (_columns(generator, groups, yes) for _ in range(2))
+        one, other = (_columns(generator, groups, yes, prevalence, sharpness) for sharpness in (SHARPNESS, sharper))
         found: dict[str, bool] = {}
         for title in one.keys() & other.keys():
             values, clusters = other[title].scores - one[title].scores, one[title].groups
             binary = is_binary(one[title].scores) and is_binary(other[title].scores)
-            found[f"difference of {title}"] = covers(difference_interval(estimate(values, clusters), binary), 0.0)
-            found[f"p of {title}"] = p_value(float(values.mean()), flipped_means(values, clusters, FLIPS)) < 0.05
+            ends = difference_interval(estimate(values, clusters), binary)
+            truth = _true_difference(title, prevalence, sharper)
+            # A comparison tests calibration errors but shows no interval of their difference.
+            hidden = " (not shown)" if title == CALIBRATION_ERROR else ""
+            found[f"difference of {title}{hidden}"] = covers(ends, truth)
+            if not truth:
+                found[f"p of {title}"] = p_value(float(values.mean()), flipped_means(values, clusters, FLIPS)) < 0.05
         return dict(sorted(found.items()))
 
     return trial
 
 
-def _columns(generator: np.random.Generator, groups: Groups, yes: Scores) -> Mapping[str, Column]:
+def _columns(
+    generator: np.random.Generator, groups: Groups, yes: Scores, prevalence: float, sharpness: float
+) -> Mapping[str, Column]:
+    """The figures of a system whose log odds are `sharpness` times those that its scores are worth."""
     right = answers(generator, groups, 0.8) * yes + answers(generator, groups, 0.9) * ~yes
     said = np.where(right == 1, yes, ~yes).astype(int)
-    scores = class_scores(generator, yes, groups)
-    return class_columns(Confusion(("no", "yes"), yes.astype(int), said, groups), np.stack([-scores, scores], axis=1))
+    chances = _chances(generator, yes, groups, prevalence, sharpness)
+    return class_columns(Confusion(("no", "yes"), yes.astype(int), said, groups), chances)
+
+
+def _chances(
+    generator: np.random.Generator, yes: NDArray[Any], groups: Groups, prevalence: float, sharpness: float
+) -> Scores:
+    """Probabilities of no and yes, (questions, 2)."""
+    odds = SEPARATION * (class_scores(generator, yes, groups) - SEPARATION / 2) + logit(prevalence)
+    return np.stack([expit(-sharpness * odds), expit(sharpness * odds)], axis=1)
+
+
+@cache
+def _true_difference(title: str, prevalence: float, sharper: float) -> float:
+    """What a million questions give; how sure a system is changes only two figures."""
+    if sharper == SHARPNESS or title not in (BRIER, CALIBRATION_ERROR):
+        return 0.0
+    many = np.arange(1_000_000)
+    yes = many < prevalence * len(many)
+    known = []
+    for sharpness in (SHARPNESS, sharper):
+        chances = _chances(np.random.default_rng(5), yes, many, prevalence, sharpness)
+        scores = confidence_scores(yes, chances) | {BRIER: brier_scores(yes.astype(int), chances)}
+        known.append(float(scores[title].mean()))
+    return known[1] - known[0]
 
 
 def _permuted(generator: np.random.Generator) -> Mapping[str, bool]:

@@ -29,8 +29,18 @@ from mslora_cr.evaluation.score import (
 )
 from mslora_cr.metrics.by_class import BY_CLASS, class_columns
 from mslora_cr.metrics.closed import class_of, confusion
-from mslora_cr.metrics.numbers import ERROR, absolute_errors
-from mslora_cr.metrics.typed import CHOICE, COUNT, TYPED
+from mslora_cr.metrics.numbers import ERROR, absolute_errors, share_of
+from mslora_cr.metrics.typed import (
+    BY_LABEL,
+    CHOICE,
+    COUNT,
+    LABELS,
+    LABELS_EXACT,
+    MOST_LABELS,
+    TYPED,
+    label_columns,
+    label_set,
+)
 from mslora_cr.statistics.matrix_intervals import Column
 
 COMPARED = {
@@ -43,7 +53,9 @@ COMPARED = {
     **{name: name for name in TYPED if name != CHOICE},
 }
 """Titles and names in `metrics.json`."""
-LATER = {*TYPED, *BY_CLASS, ERROR}
+FIGURES = (ERROR, *BY_CLASS, LABELS_EXACT, *BY_LABEL)
+"""Titles of what is no score of a single answer; of some, each class or label has a column `TITLE: NAME`."""
+LATER = {*TYPED, *FIGURES}
 """Titles that results of earlier versions, without probabilities, or without an answer of a class, do not have."""
 Stage = Literal["final", "own"]
 
@@ -116,7 +128,7 @@ def answered_run(label: str, folder: Path, at: Stage) -> Answered:
         cell = _cell(label, run, task, at)
         none = Column(np.empty(0), np.empty(0, dtype=np.int64))
         columns = {title: of_cell.get((task, cell.stage), none) for title, of_cell in scores.items()}
-        if any(len(columns[title].scores) for title in (CHOICE, COUNT)):
+        if any(len(columns[title].scores) for title in (CHOICE, COUNT, LABELS)):
             columns |= _figures(folder / cell.answers, read_scores((folder / cell.answers).with_name(SCORES)))
         tasks[task] = AnsweredTask(run.bank_numbers(cell), cell.questions, folder / cell.answers, columns)
     return Answered(run.method, run.banks_by, tasks)
@@ -137,9 +149,9 @@ def _scored(path: Path) -> AnsweredTask:
 
 
 def _figures(path: Path, table: ScoreTable) -> dict[str, Column]:
-    """Return what is no score of a single answer: figures of closed questions, and errors of counts."""
+    """Return what is no score of a single answer: figures of closed questions, of counts and of sets of labels."""
     answers = read_answers(path)
-    return _by_class(path, answers, table) | _errors(answers, table)
+    return _by_class(path, answers, table) | _errors(answers, table) | _by_label(answers, table)
 
 
 def _errors(answers: list[AnswerRecord], table: ScoreTable) -> dict[str, Column]:
@@ -149,6 +161,26 @@ def _errors(answers: list[AnswerRecord], table: ScoreTable) -> dict[str, Column]
     said = [final_answer(str(answers[index].text)).text for index in counted]
     errors = absolute_errors(said, [str(answers[index].gt) for index in counted])
     return {ERROR: Column(errors, np.unique(table.groups[counted], return_inverse=True)[1])}
+
+
+def _by_label(answers: list[AnswerRecord], table: ScoreTable) -> dict[str, Column]:
+    """Return whether sets are exact, and each label's figures where `share_of` gives them an interval."""
+    scores = table.columns.get(LABELS, np.empty(0))
+    asked = np.flatnonzero(~np.isnan(scores))
+    if not len(asked):
+        return {}
+    groups = np.unique(table.groups[asked], return_inverse=True)[1]
+    said, true = (
+        [label_set(final_answer(text).text) for text in texts]
+        for texts in ([str(answers[index].text) for index in asked], [str(answers[index].gt) for index in asked])
+    )
+    by_label = {
+        f"{title}: {label}": column
+        for label, columns in label_columns(said, true, groups, MOST_LABELS).items()
+        for title, column in zip(BY_LABEL, columns, strict=True)
+        if len(column.scores) and share_of(*column).interval is not None
+    }
+    return {LABELS_EXACT: Column((scores[asked] == 1).astype(np.float64), groups)} | by_label
 
 
 def _by_class(path: Path, answers: list[AnswerRecord], table: ScoreTable) -> dict[str, Column]:

@@ -10,11 +10,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tabulate import tabulate
 
-from mslora_cr.analysis.answered import COMPARED, LATER, Answered, Stage, answered_run
-from mslora_cr.analysis.class_figures import NOT_PERCENT
+from mslora_cr.analysis.answered import COMPARED, FIGURES, LATER, Answered, Stage, answered_run
+from mslora_cr.analysis.class_figures import LOWER_IS_BETTER, NOT_PERCENT
 from mslora_cr.evaluation.results import ReportError
 from mslora_cr.evaluation.schemas import BetweenTasks, ComparedRun, Comparison, PairedNote, PairedTest
-from mslora_cr.metrics.by_class import BY_CLASS, PSEUDO
+from mslora_cr.metrics.by_class import AT_COVERAGE, CALIBRATION_ERROR, PSEUDO, RISK_COVERAGE
 from mslora_cr.metrics.closed import LOWEST
 from mslora_cr.metrics.numbers import ERROR
 from mslora_cr.statistics import intervals
@@ -33,13 +33,15 @@ from mslora_cr.statistics.paired import PairedTask, paired_change, paired_task
 from mslora_cr.statistics.significance import flipped_means, flips_for, holm, p_value, sign_test, t_test
 
 OVERALL = "overall"
+SPANS = ("baseline_interval", "score_interval", "interval")
 UNCOUNTED = {*PSEUDO, *NOT_PERCENT}
 """Figures of which changed questions are not counted as gained and lost."""
+UNBOUNDED = {CALIBRATION_ERROR: SPANS, **dict.fromkeys((RISK_COVERAGE, *AT_COVERAGE), SPANS[:2])}
+"""The intervals that are not shown of some figures. A calibration error is too large on few questions, the more so the
+better a model is calibrated, so the interval of a difference would miss it; its test holds."""
 
 
-def compare(
-    runs: Mapping[str, Path], at: Stage = "final", titles: Sequence[str] = (*COMPARED, ERROR, *BY_CLASS)
-) -> Comparison:
+def compare(runs: Mapping[str, Path], at: Stage = "final", titles: Sequence[str] = (*COMPARED, *FIGURES)) -> Comparison:
     """Compare each run with the first one, question by question.
 
     Each test is of a task's mean difference, or of the mean over tasks (`OVERALL`). `p` comes from the paired
@@ -74,11 +76,13 @@ def compare(
             max((_largest(pair) for label in paired for pair in pairs[label]), default=1.0) if title == ERROR else 1.0
         )
         tests = [
-            _rescaled(test, scale / 100) if title in NOT_PERCENT else test
+            _rescaled(test, scale / 100 if title in NOT_PERCENT else 1.0) if title in LOWER_IS_BETTER else test
             for label in paired
             for test in _tests(baseline, label, [_divided(pair, scale) for pair in pairs[label]], flips, lowest)
         ]
         if tests:
+            hidden = dict.fromkeys(UNBOUNDED.get(title, ()))
+            tests = [test.model_copy(update=hidden) for test in tests]
             metrics[title] = _adjusted_by_family(list(map(_without_counts, tests)) if title in UNCOUNTED else tests)
     if not metrics:
         raise ReportError(f"the runs {', '.join(runs)} have no task in common")
@@ -179,10 +183,9 @@ def _rescaled(test: PairedTest, factor: float) -> PairedTest:
         turned = {"interval": ends(between.interval), "wins": between.losses, "losses": between.wins}
         between = between.model_copy(update=turned)
     names = ("baseline_score", "score", "difference")
-    spans = ("baseline_interval", "score_interval", "interval")
     values = {name: factor * getattr(test, name) for name in names}
     return test.model_copy(
-        update={**values, **{name: ends(getattr(test, name)) for name in spans}, "between_tasks": between}
+        update={**values, **{name: ends(getattr(test, name)) for name in SPANS}, "between_tasks": between}
     )
 
 
@@ -285,7 +288,7 @@ def render_comparison(comparison: Comparison) -> str:
     for title, tests in comparison.metrics.items():
         headers = ["run", "task", "banks by", "questions", "images", baseline, "run's", "difference", "p", "p adjusted"]
         rows = [row for test in tests for row in _rows(test, comparison.runs[test.run].banks_by)]
-        unit = "lower is better" if title in NOT_PERCENT else "%"
+        unit = ", ".join(["%"] * (title not in NOT_PERCENT) + ["lower is better"] * (title in LOWER_IS_BETTER))
         parts.append(f"{title}, {unit}\n" + tabulate(rows, headers=headers, floatfmt=".4f", missingval="–"))
     where = "after the last stage" if comparison.at == "final" else "each task at its own stage"
     banks_by = comparison.runs[baseline].banks_by

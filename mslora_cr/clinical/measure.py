@@ -45,13 +45,11 @@ from mslora_cr.metrics.measured import CountsMeasured, Measured
 from mslora_cr.metrics.numbers import count_figures, number_in
 from mslora_cr.metrics.options import counts_of, parse_choice
 from mslora_cr.metrics.published import normalize_answer
-from mslora_cr.metrics.typed import label_figures, label_set, set_f1
+from mslora_cr.metrics.typed import MOST_LABELS, label_figures, label_set, set_f1
 from mslora_cr.statistics.interval import CONFIDENCE
 from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_interval
 from mslora_cr.statistics.paired import paired_change, paired_task
 
-MOST_LABELS = 50
-"""At most this many labels of sets are measured one by one."""
 FEWEST = 10
 """A question text has an entry of its own from this many questions on."""
 

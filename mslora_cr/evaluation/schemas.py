@@ -303,6 +303,7 @@ class PairedTest(Part):
 
     Attributes:
         groups: The number of independent clusters of questions.
+        baseline_interval: None, like the other intervals, for a figure whose interval would not cover often enough.
         changed: The number of questions whose scores differ between the runs.
         change: The tests of that difference.
         banks: The banks that answered, by run; None over all tasks.
@@ -315,9 +316,9 @@ class PairedTest(Part):
     questions: int
     groups: int | None = None
     baseline_score: float
-    baseline_interval: Interval
+    baseline_interval: Interval | None
     score: float
-    score_interval: Interval
+    score_interval: Interval | None
     difference: float
     interval: Interval | None
     changed: int | None = None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mslora_cr.metrics.calibration import accuracy_at_coverage_scores, calibration_scores, risk_coverage_scores
 from mslora_cr.metrics.closed import Classes, Confusion, confusion_figures, influences
 from mslora_cr.metrics.discrimination import average_precision, placements
 from mslora_cr.metrics.measured import Measured
@@ -24,6 +25,8 @@ BALANCED, MACRO_F1, MATTHEWS = "balanced accuracy", "macro F1", "Matthews' corre
 SENSITIVITY, SPECIFICITY, PPV, NPV = "sensitivity", "specificity", "PPV", "NPV"
 AUROC, AVERAGE_PRECISION = "AUROC", "average precision"
 BRIER = "Brier score"
+CALIBRATION_ERROR, RISK_COVERAGE = "calibration error", "area under risk over coverage"
+AT_COVERAGE = {f"accuracy of the surest {coverage:.0%}": coverage for coverage in (0.8, 0.9)}
 RECALL, PRECISION = "recall by class", "precision by class"
 BY_CLASS = (
     BALANCED,
@@ -36,11 +39,17 @@ BY_CLASS = (
     AUROC,
     AVERAGE_PRECISION,
     BRIER,
+    CALIBRATION_ERROR,
+    RISK_COVERAGE,
+    *AT_COVERAGE,
     RECALL,
     PRECISION,
 )
 """Figures that a comparison tests; of the last two, each class has a column `TITLE: CLASS`."""
-PSEUDO = {MACRO_F1, MATTHEWS, PPV, NPV, AUROC, AVERAGE_PRECISION, PRECISION}
+PSEUDO = {
+    *(MACRO_F1, MATTHEWS, PPV, NPV, AUROC, AVERAGE_PRECISION, CALIBRATION_ERROR, RISK_COVERAGE, PRECISION),
+    *AT_COVERAGE,
+}
 """Figures of pseudo-values, which nearly every question moves: to count those that changed says nothing."""
 
 
@@ -69,6 +78,7 @@ def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]
         by_title = {AUROC: area_scores(table.truth, chances), AVERAGE_PRECISION: precision_scores(table.truth, chances)}
         columns |= {title: scores for title, scores in by_title.items() if scores is not None}
         columns[BRIER] = brier_scores(table.truth, chances)
+        columns |= confidence_scores(table.truth, chances)
     whole = {title: Column(scores, table.groups) for title, scores in columns.items()}
     return _with_enough_images(whole | (_of_two(table) if table.has_positive else each), table)
 
@@ -135,6 +145,21 @@ def brier_scores(truth: Classes, chances: Scores) -> Scores:
         chances: (questions, classes), the probability of each class.
     """
     return np.square(chances - np.eye(chances.shape[1])[truth]).sum(axis=1) / 2
+
+
+def confidence_scores(truth: Classes, chances: Scores) -> dict[str, Scores]:
+    """Return each question's pseudo-value of the figures of the likeliest class's probability, by title.
+
+    Args:
+        truth: (questions,), the place of the true class.
+        chances: (questions, classes), the probability of each class.
+    """
+    confidence, right = chances.max(1), (chances.argmax(1) == truth).astype(np.float64)
+    return {
+        CALIBRATION_ERROR: calibration_scores(confidence, right),
+        RISK_COVERAGE: risk_coverage_scores(confidence, right),
+        **{title: accuracy_at_coverage_scores(confidence, right, share) for title, share in AT_COVERAGE.items()},
+    }
 
 
 def area_scores(truth: Classes, chances: Scores) -> Scores | None:

@@ -71,8 +71,20 @@ def expected_calibration_error(confidence: Floats, right: Floats, bins: int = BI
     Source: Nguyen and O'Connor, "Posterior calibration and exploratory analysis for natural language processing
     models", EMNLP 2015. The arguments are those of `reliability_bins`.
     """
-    parts = reliability_bins(confidence, right, bins)
-    return sum(part.questions * abs(part.accuracy - part.confidence) for part in parts) / len(confidence)
+    return float(calibration_scores(confidence, right, bins).mean())
+
+
+def calibration_scores(confidence: Floats, right: Floats, bins: int = BINS) -> Floats:
+    """Return each question's part in the expected calibration error, (questions,), whose mean is that error: right
+    minus confidence, with the sign that this difference has on average in the question's bin.
+
+    The arguments are those of `reliability_bins`.
+    """
+    off = right - confidence
+    parts = [part for part in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(part)]
+    for part in parts:
+        off[part] *= np.sign(off[part].mean())
+    return off
 
 
 def risk_coverage(confidence: Floats, right: Floats) -> Floats:
@@ -85,11 +97,41 @@ def risk_coverage(confidence: Floats, right: Floats) -> Floats:
     return np.cumsum(1 - right[order]) / np.arange(1, len(right) + 1)
 
 
+def risk_coverage_scores(confidence: Floats, right: Floats) -> Floats:
+    """Return each question's pseudo-value of the area under the risk–coverage curve, (questions,), whose mean is the
+    area.
+
+    With r_k the risk among the k surest, the question at place i moves the area by ``r_i - area`` as a threshold, and
+    by ``Σ_{k >= i} (wrong_i - r_k) / k`` as an answer above the thresholds after it. The arguments are those of
+    `reliability_bins`.
+    """
+    order, risks = np.argsort(-confidence, kind="stable"), risk_coverage(confidence, right)
+    places = np.arange(1, len(risks) + 1)
+    behind, risk_behind = (np.cumsum(values[::-1])[::-1] for values in (1 / places, risks / places))
+    scores = np.empty(len(risks))
+    scores[order] = risks + (1 - right[order]) * behind - risk_behind
+    return scores
+
+
 def accuracy_at_coverage(confidence: Floats, right: Floats, coverage: float) -> float:
     """Return the share of right answers among the surest ``ceil(coverage · n)``. The arguments are those of
     `reliability_bins`."""
     answered = max(1, math.ceil(round(coverage * len(right), 9)))
     return float(1 - risk_coverage(confidence, right)[answered - 1])
+
+
+def accuracy_at_coverage_scores(confidence: Floats, right: Floats, coverage: float) -> Floats:
+    """Return each question's pseudo-value of `accuracy_at_coverage`, (questions,), whose mean is that accuracy.
+
+    A question among the surest counts as right or wrong, and moves the threshold past questions that are right as often
+    as the ``√n`` next to it on either side.
+    """
+    count, order = len(right), np.argsort(-confidence, kind="stable")
+    answered, near = max(1, math.ceil(round(coverage * count, 9))), math.ceil(count**0.5)
+    at_threshold = right[order[max(0, answered - near) : answered + near]].mean()
+    scores = np.full(count, at_threshold)
+    scores[order[:answered]] += count / answered * (right[order[:answered]] - at_threshold)
+    return scores
 
 
 def risk_threshold(confidence: Floats, right: Floats, risk: float) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mslora_cr.data.answers.kinds import labels_of
 from mslora_cr.data.records import AnswerKind, AnswerType
@@ -15,12 +16,16 @@ from mslora_cr.metrics.measured import LabelMeasured
 from mslora_cr.metrics.numbers import NEAR, number_in, share_of
 from mslora_cr.metrics.published import normalize_answer, score_answers
 from mslora_cr.statistics.intervals import Groups
+from mslora_cr.statistics.matrix_intervals import Column
 
 CHOICE = "exact choice"
 """Name of the score that tells whether the answer to a closed question says the true class and nothing else
 (`said_class`)."""
 COUNT, COUNT_NEAR = "exact count", f"count within {NEAR}"
-LABELS = "label set F1"
+LABELS, LABELS_EXACT = "label set F1", "exact label set"
+BY_LABEL = ("sensitivity by label", "specificity by label")
+MOST_LABELS = 50
+"""At most this many labels of sets are measured one by one."""
 SOFT = "soft accuracy"
 ANNOTATORS = 10
 """VQA's soft accuracy takes this many annotators' answers."""
@@ -133,17 +138,31 @@ def label_figures(
         groups: (questions,), the number of each question's image or patient.
         most: Number of labels at most.
     """
+    counts = Counter(label for labels in true for label in labels)
     figures = []
-    for label, count in Counter(label for labels in true for label in sorted(labels)).most_common(most):
-        named = np.array([label in labels for labels in said])
-        present = np.array([label in labels for labels in true])
-        shares = [
-            share_of(right[where], np.unique(groups[where], return_inverse=True)[1]) if where.any() else None
-            for right, where in ((named, present), (~named, ~present))
-        ]
+    for label, columns in label_columns(said, true, groups, most).items():
+        sensitivity, specificity = (share_of(*column) if len(column.scores) else None for column in columns)
+        named = sum(label in labels for labels in said)
         figures.append(
             LabelMeasured(
-                name=label, questions=count, said=int(named.sum()), sensitivity=shares[0], specificity=shares[1]
+                name=label, questions=counts[label], said=named, sensitivity=sensitivity, specificity=specificity
             )
         )
     return tuple(figures)
+
+
+def label_columns(
+    said: Sequence[frozenset[str]], true: Sequence[frozenset[str]], groups: Groups, most: int
+) -> dict[str, tuple[Column, Column]]:
+    """Return, for the commonest labels, whether the answers to the questions that have the label name it, and whether
+    those to the other questions do not. The arguments are those of `label_figures`."""
+    frequent = Counter(label for labels in true for label in sorted(labels)).most_common(most)
+    columns = {}
+    for label, _ in frequent:
+        named, present = (np.array([label in labels for labels in sets]) for sets in (said, true))
+        columns[label] = _where(present, named, groups), _where(~present, ~named, groups)
+    return columns
+
+
+def _where(chosen: NDArray[np.bool_], right: NDArray[np.bool_], groups: Groups) -> Column:
+    return Column(right[chosen].astype(np.float64), np.unique(groups[chosen], return_inverse=True)[1])

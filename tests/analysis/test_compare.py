@@ -1,6 +1,7 @@
 """`mslora-cr compare`, on answers whose differences are known."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from mslora_cr.analysis.compare import compare, render_comparison
 from mslora_cr.cli.main import main
+from mslora_cr.evaluation.probabilities import AnswerProbability, write_rows
 from tests.reporting.test_report import make_run
 
 TASKS = ("pathvqa", "PCAM", "nmi")
@@ -233,3 +235,66 @@ def test_errors_of_counts_are_paired_where_both_answers_have_a_number(tmp_path: 
     assert error["interval"][0] > 0 and error["p"] < 0.01 and error["changed"] is None
     assert (overall["between_tasks"]["wins"], overall["between_tasks"]["losses"]) == (0, 1)
     assert "mean absolute error, lower is better" in render_comparison(comparison)
+
+
+def test_calibration_and_abstention_are_paired(tmp_path: Path) -> None:
+    """Both models are wrong in the same ten of 60 questions; the second one is as sure of these as of the others."""
+    for name, unsure in (("one", 0.6), ("two", 0.9)):
+        folder = tmp_path / name / "CXP"
+        folder.mkdir(parents=True)
+        truths = ["yes" if number % 2 else "no" for number in range(60)]
+        said = [{"yes": "no", "no": "yes"}[truth] if number < 10 else truth for number, truth in enumerate(truths)]
+        lines = [
+            {"question_id": number, "prompt": "Is it?", "text": text, "gt": truth, "answer_type": "CLOSED"}
+            for number, (text, truth) in enumerate(zip(said, truths, strict=True))
+        ]
+        (folder / "answer-file.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        chances = [unsure if number < 10 else 0.9 for number in range(60)]
+        rows = [
+            AnswerProbability(
+                candidates=(text, "no" if text == "yes" else "yes"),
+                logprobs=(math.log(chance), math.log(1 - chance)),
+                lengths=(1, 1),
+            ).row(number)
+            for number, (text, chance) in enumerate(zip(said, chances, strict=True))
+        ]
+        write_rows(folder / "probabilities.jsonl", rows)
+    comparison = compare({name: tmp_path / name for name in ("one", "two")})
+    found = comparison.model_dump()["metrics"]
+    [error, overall] = found["calibration error"]
+    # Bins of six: one with six wrong answers, one with four, at 0.6; or all at 0.9, of which ten are wrong.
+    assert error["baseline_score"] == pytest.approx(100 * (6 * 0.6 + abs(2 - 4.2) + 48 * 0.1) / 60, abs=1e-6)
+    assert (error["interval"], error["score_interval"], error["changed"]) == (None, None, None)
+    assert (overall["between_tasks"]["wins"], overall["between_tasks"]["losses"]) == (0, 1)
+    [area, _] = found["area under risk over coverage"]
+    risks = [max(0, place - 50) / place for place in range(1, 61)]
+    assert area["baseline_score"] == pytest.approx(100 * sum(risks) / 60)
+    assert area["interval"][0] > 0 and area["p"] < 0.01 and area["score_interval"] is None
+    assert found["accuracy of the surest 80%"][0]["difference"] == pytest.approx(100 * (38 / 48 - 1))
+    text = render_comparison(comparison)
+    assert "calibration error, %, lower is better" in text and "accuracy of the surest 80%, %" in text
+
+
+def test_sets_of_labels_are_compared_label_by_label(tmp_path: Path) -> None:
+    """In 60 questions, half with an effusion, the second model never names it."""
+    for name, named in (("one", "mass, effusion"), ("two", "mass")):
+        (tmp_path / name / "chest").mkdir(parents=True)
+        lines = [
+            {
+                "question_id": number,
+                "prompt": "Which findings are there?",
+                "text": named if number % 2 else "mass",
+                "gt": "effusion, mass" if number % 2 else "mass",
+                "answer_type": "OPEN",
+            }
+            for number in range(60)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "chest" / "answer-file.jsonl").write_text(text)
+    found = compare({name: tmp_path / name for name in ("one", "two")}).model_dump()["metrics"]
+    by_label = {test["task"]: test for test in found["sensitivity by label"]}
+    effusion = by_label["chest: effusion"]
+    assert (effusion["questions"], effusion["score"], effusion["changed"]) == (30, 0, 30)
+    assert effusion["p_adjusted"] < 0.01 and by_label["chest: mass"]["difference"] == 0
+    assert {test["task"] for test in found["specificity by label"]} == {"chest: effusion", "overall"}
+    assert found["exact label set"][0]["score"] == 50

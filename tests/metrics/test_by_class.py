@@ -86,7 +86,21 @@ def test_a_pseudo_value_is_what_a_question_weighs_in_the_figure() -> None:
         of = [average_precision_score(truth == c, chances[:, c], sample_weight=weights) for c in range(3)]
         return float(np.mean(of))
 
+    order, right = np.argsort(-chances.max(1), kind="stable"), (chances.argmax(1) == truth).astype(float)
+
+    def risk_area(weights: np.ndarray) -> float:
+        ordered = weights[order]
+        risks = np.cumsum(ordered * (1 - right[order])) / np.cumsum(ordered)
+        return float(np.average(risks, weights=ordered))
+
+    def calibration_error(weights: np.ndarray) -> float:
+        off = weights * (right - chances.max(1))
+        parts = np.array_split(np.argsort(chances.max(1), kind="stable"), 10)
+        return float(sum(abs(off[part].sum()) for part in parts) / weights.sum())
+
     weighed = {
+        "area under risk over coverage": risk_area,
+        "calibration error": calibration_error,
         "macro F1": lambda weights: f1_score(truth, said, average="macro", sample_weight=weights),
         "Matthews' correlation": lambda weights: matthews_corrcoef(truth, said, sample_weight=weights),
         "precision by class: b": lambda weights: precision_score(truth == 1, said == 1, sample_weight=weights),

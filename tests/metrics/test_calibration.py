@@ -8,11 +8,13 @@ from sklearn.metrics import brier_score_loss
 
 from mslora_cr.metrics.calibration import (
     accuracy_at_coverage,
+    accuracy_at_coverage_scores,
     brier_decomposition,
     expected_calibration_error,
     fitted_temperature,
     reliability_bins,
     risk_coverage,
+    risk_coverage_scores,
     risk_threshold,
 )
 
@@ -43,6 +45,13 @@ def test_risk_and_coverage() -> None:
     assert accuracy_at_coverage(CONFIDENCE, RIGHT, 0.8) == pytest.approx(0.875)
     assert accuracy_at_coverage(CONFIDENCE, RIGHT, 0.9) == pytest.approx(7 / 9)
     assert accuracy_at_coverage(CONFIDENCE, RIGHT, 1) == pytest.approx(0.8)
+    assert risk_coverage_scores(CONFIDENCE, RIGHT).mean() == pytest.approx(0.073079, abs=1e-6)
+    # 16 are among the surest; the threshold lies between the 5 before and the 4 after it.
+    scores = accuracy_at_coverage_scores(CONFIDENCE, RIGHT, 0.8)
+    order = np.argsort(-CONFIDENCE, kind="stable")
+    near = RIGHT[order[11:]].mean()
+    assert scores.mean() == pytest.approx(0.875)
+    assert scores[order[[0, 19]]] == pytest.approx([near + (1 - near) / 0.8, near])
 
 
 def test_a_threshold_worked_by_hand() -> None:
