@@ -16,7 +16,7 @@ from pydantic import ConfigDict, ValidationError
 from mslora_cr.config.consent import note_consent
 from mslora_cr.config.derived import DERIVED_TRAINING_FIELDS
 from mslora_cr.config.methods import if_trusted
-from mslora_cr.config.plain_yaml import plain_yaml, read_plain_yaml
+from mslora_cr.config.plain_yaml import MOST_BYTES, plain_yaml, read_plain_yaml
 from mslora_cr.config.schema import (
     CATALOGUE,
     ConfigError,
@@ -91,10 +91,10 @@ def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return the content of a file, of the file that its `extends` names (relative to itself, or shipped), and so on.
 
     Raises:
-        ConfigError: A file cannot be read, is no mapping, or extends itself.
+        ConfigError: A file cannot be read, is no mapping, or extends itself; or the files are too many or too large.
     """
     files: list[tuple[Path, dict[str, Any]]] = []
-    path = find_config(given)
+    path, size = find_config(given), 0
     read: set[Path] = set()
     while True:
         if path.resolve() in read:
@@ -103,6 +103,9 @@ def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
             raise ConfigError(f"{path}: {given} extends more than {MOST_LAYERS} files; merge some of them")
         read.add(path.resolve())
         content = _read_mapping(path)
+        size += path.stat().st_size
+        if size > MOST_BYTES:
+            raise ConfigError(f"{path}: {given} and what it extends have more than {MOST_BYTES:,} bytes; shorten them")
         parent = content.pop("extends", None)
         files.append((path, content))
         if parent is None:

@@ -55,10 +55,10 @@ STRICT_JSON = json.JSONDecoder(
 
 def explain_json(error: Exception) -> str:
     """Describe the error in a text that is not valid JSON."""
+    if isinstance(error, UnicodeDecodeError) or "\0" in getattr(error, "doc", "")[:4]:  # UTF-16 may pass as UTF-8.
+        return "not UTF-8 text; save the file as UTF-8"
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {error.msg}, near {error.doc[max(error.pos - 20, 0) : error.pos + 20]!r}"
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8 text; save the file as UTF-8"
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return f"not acceptable JSON: {error}"  # An integer of thousands of digits, NaN, Infinity, or a repeated key.

@@ -11,6 +11,7 @@ import yaml
 
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import MOST_LAYERS, load_config, read_layers, training_fields
+from mslora_cr.config.plain_yaml import MOST_BYTES
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.training.arguments import training_arguments
 from tests.conftest import ConfigWriter
@@ -131,3 +132,6 @@ def test_a_chain_of_files_that_extend_each_other_has_an_end(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=f"extends more than {MOST_LAYERS} files"):
         read_layers(tmp_path / "0.yaml")
     assert read_layers(tmp_path / "1.yaml") == {"run": "last"}
+    (tmp_path / "1.yaml").write_text("#" * (MOST_BYTES - 100) + "\nextends: 2.yaml\n")  # one alone is not too large
+    with pytest.raises(ConfigError, match=r"1\.yaml and what it extends have more than 262,144 bytes"):
+        read_layers(tmp_path / "1.yaml")

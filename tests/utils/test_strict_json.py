@@ -36,9 +36,10 @@ def test_what_is_refused_is_named(text: str, tmp_path: Path) -> None:
 
 def test_other_files_than_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(JsonError, match=r"file\.json: not UTF-8"):
-        read_object(path)
+    for content in (b'{"a": "\xff"}', b"{\0}\0"):  # the second is UTF-16 without a mark
+        path.write_bytes(content)
+        with pytest.raises(JsonError, match=r"file\.json: not UTF-8"):
+            read_object(path)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(JsonError, match=r"fifo: cannot be read \(not a regular file"):
         read_object(tmp_path / "fifo")

@@ -20,7 +20,8 @@ NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 MOST_FIELD = 48 << 20
 """The most characters of a field: enough for a picture of 32 MB in base64."""
 MOST_HEADER = 1 << 20
-_BOMS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+_BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # the first is where UTF-32's begins, too
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ def _refer(values: dict[str, Any], image: str, pictures: dict[str, str]) -> None
 
 
 def encoding_of(path: Path, remark: Remark) -> str:
-    """Return the encoding: UTF-8 (with or without a byte order mark), UTF-16 with one, or else Windows' Latin-1, with a
-    remark."""
+    """Return the encoding: UTF-8 (with or without a byte order mark), UTF-16 or UTF-32 with one, or else Windows'
+    Latin-1, with a remark."""
     with path.open("rb") as file:
-        start = file.read(2)
-        if start in _BOMS:
-            return _BOMS[start]
+        start = file.read(4)
+        if marked := next((encoding for mark, encoding in _BOMS.items() if start.startswith(mark)), None):
+            return marked
         file.seek(0)
         decoder = codecs.getincrementaldecoder("utf-8")()
         try:
@@ -107,10 +108,12 @@ def table_lines(file: TextIO, path: Path, delimiter: str, remark: Remark) -> Ite
         remark: Called with a remark about another delimiter.
 
     Raises:
-        DataError: A misplaced quote would join rows, or a field has no end.
+        DataError: A misplaced quote would join rows, a field has no end, or the header is UTF-16 without a mark.
     """
     raw = _Lines(file)
     first = raw.peek(path)
+    if "\0" in first:
+        raise DataError(f"{path}: not UTF-8 text; save it as CSV in UTF-8")
     if sep := re.fullmatch(r"sep=(.)\r?\n?", first):  # This is Excel's own first line.
         next(raw)
         delimiter, first = sep[1], raw.peek(path)

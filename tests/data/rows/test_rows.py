@@ -85,11 +85,17 @@ def test_a_table_that_is_none_is_refused_with_its_line(text: str, problem: str, 
         "Image|Question|ANSWER\na.png|Is it, here?|yes\n",
         "image\tquestion\tanswer\na.png\tIs it, here?\tyes\n",
         'image,question,answer\na.png,"Is it, here?",yes\n'.encode("utf-16"),
+        'image,question,answer\na.png,"Is it, here?",yes\n'.encode("utf-32"),
     ],
 )
 def test_a_table_is_read_however_it_is_separated(text: str | bytes, tmp_path: Path) -> None:
     [row] = read(tmp_path / "t.csv", text)
     assert (row.images, row.turns) == (("a.png",), (("human", "Is it, here?"), ("gpt", "yes")))
+
+
+def test_a_table_in_utf_16_without_its_mark_is_called_that(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not UTF-8 text; save it as CSV in UTF-8"):
+        read(tmp_path / "t.csv", (HEADER + "a.png,What?,yes\n").encode("utf-16-le"))
 
 
 def test_a_table_in_latin_1_is_read_and_remarked_upon(tmp_path: Path) -> None:
