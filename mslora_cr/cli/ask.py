@@ -24,6 +24,7 @@ from mslora_cr.cli.common import (
 )
 from mslora_cr.cli.conversation import answered_by, aside, converse, write
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.visible import print_json
 
 
 def add_ask(commands: argparse._SubParsersAction) -> None:
@@ -136,7 +137,7 @@ def _ask(args: argparse.Namespace) -> int:
             boxes=ask.boxes,
         )
         if ask.json:
-            print(ask.line(answer), flush=True)
+            print_json(ask.line(answer))
         else:
             if answer.abstained:
                 write(f"(no answer: {'like none of the tasks' if answer.foreign else 'the model is not sure enough'})")

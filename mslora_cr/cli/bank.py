@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from mslora_cr.cli.common import CONFIG_HELP, add_command, add_config, config_of, quieten
+from mslora_cr.utils.visible import print_json
 
 
 def add_bank(commands: argparse._SubParsersAction) -> None:
@@ -122,5 +123,5 @@ def _show(args: argparse.Namespace) -> int:
     from mslora_cr.banks.bank import describe
     from mslora_cr.banks.io import load_bank
 
-    print(json.dumps(describe(load_bank(args.bank)), indent=2))
+    print_json(json.dumps(describe(load_bank(args.bank)), indent=2))
     return 0

@@ -11,6 +11,7 @@ from mslora_cr.cli.common import add_command, add_config, add_lock, announce, co
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.download import MODELS, download
 from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.visible import print_json
 
 
 def add_model(commands: argparse._SubParsersAction) -> None:
@@ -72,7 +73,7 @@ def _inspect(args: argparse.Namespace) -> int:
         differences = comparison["towers"].pop("differences", {})
         worst = sorted(differences.items(), key=lambda item: -item[1] if isinstance(item[1], float) else float("-inf"))
         comparison["towers"]["largest_differences"] = dict(worst[:8])
-    print(json.dumps(comparison, indent=2, ensure_ascii=False))
+    print_json(json.dumps(comparison, indent=2, ensure_ascii=False))
     return 0
 
 

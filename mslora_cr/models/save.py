@@ -68,7 +68,9 @@ def deciding_settings(path: Path) -> list[str]:
     except OSError:  # Most of the older folders have no generation_config.json.
         return []
     found = [name for name in _DECIDE_UNLESS_1 if settings.get(name) not in (None, 1)]
-    return found + [name for name in _DECIDE if settings.get(name)]
+    return found + [
+        name for name in _DECIDE if settings.get(name) or (name.endswith("_id") and settings.get(name) == 0)
+    ]
 
 
 def exported_targets(path: Path, names: Iterable[str]) -> list[str] | None:

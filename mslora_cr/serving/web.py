@@ -139,6 +139,8 @@ class _Web:
             record = None  # The truth belongs to another question.
         boxes = _drawn(fields.get("boxes", "[]"), pictures[0].size)
         stages = sorted({_number(stage) for stage in fields.get("stages", "").split(",") if stage})
+        if not stages:
+            raise HTTPException(400, "choose a stage")
         with self._lock:
             answers = [
                 self.model.ask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sys
@@ -86,3 +87,19 @@ def visible_results() -> Iterator[None]:
     finally:
         sys.stdout = stream
         stream_shown.flush()
+
+
+def print_json(text: str) -> None:
+    """Print JSON to standard output: whole, and on every console valid. Characters that are not printable, or that the
+    console's encoding lacks, become JSON's own escapes.
+    """
+    stream = sys.stdout._stream if isinstance(sys.stdout, _Visible) else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with _reader_of(stream):
+        if is_first_rank():
+            stream.write("".join(mark if _shown(mark, encoding) else json.dumps(mark)[1:-1] for mark in text) + "\n")
+            stream.flush()
+
+
+def _shown(mark: str, encoding: str) -> bool:
+    return mark == "\n" or (mark.isprintable() and mark.encode(encoding, "ignore") != b"")

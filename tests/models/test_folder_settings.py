@@ -50,6 +50,9 @@ def test_settings_and_dates_in_a_folder_decide_nothing(
     generation = json.loads((edited / "generation_config.json").read_text())
     generation |= {"repetition_penalty": 1.6, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "do_sample": True}
     generation |= {"suppress_tokens": list(wanted.ids), "begin_suppress_tokens": [wanted.ids[0]]}
+    generation |= {"num_beams": 3, "temperature": 0.7, "top_k": 1, "bad_words_ids": [[wanted.ids[0]]]}
+    other_id = next(number for number in range(9) if number not in wanted.ids)
+    generation |= {"forced_eos_token_id": other_id, "stop_strings": [wanted.text[:1] or " "]}
     (edited / "generation_config.json").write_text(json.dumps(generation))
     other = f"model.path={edited}"
 
@@ -64,7 +67,9 @@ def test_settings_and_dates_in_a_folder_decide_nothing(
 
     adapters = ["export", config, other, "--format", "peft", "--output", str(tmp_path / "adapters")]
     assert main([*adapters, "--base", "owner/name"]) == 0
-    assert "has repetition_penalty, no_repeat_ngram_size, min_new_tokens, suppress_tokens" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has repetition_penalty, num_beams, no_repeat_ngram_size, min_new_tokens, suppress_tokens" in said
+    assert "forced_eos_token_id" in said and "stop_strings, do_sample. Ask without these settings" in said
     assert main(["export", config, other, "--format", "merged", "--output", str(tmp_path / "out")]) == 0
     [folder] = (tmp_path / "out").iterdir()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)

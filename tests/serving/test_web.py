@@ -191,6 +191,7 @@ def test_the_server_refuses_what_no_page_of_its_own_asks(client: TestClient, mod
     reply = client.post("/api/ask", data={**fields, "stages": "1"}, files=files)
     assert reply.status_code == 400 and "not a readable image" in reply.json()["error"]
     assert client.post("/api/ask", data={**fields, "stages": "9"}).status_code == 400
+    assert client.post("/api/ask", data={**fields, "stages": ""}).json()["error"] == "choose a stage"
     picture = client.get("/api/image?task=PCAM&index=0")
     assert picture.headers["content-type"] == "image/png" and picture.content.startswith(b"\x89PNG")
     listed = client.get("/api/questions", params={"task": "PCAM", "search": "LYMPH"}).json()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mslora_cr.cli.main import main
-from mslora_cr.utils.visible import visible, visible_results
+from mslora_cr.utils.visible import print_json, visible, visible_results
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,13 @@ def test_what_a_console_cannot_write_is_escaped(monkeypatch: pytest.MonkeyPatch)
         print("4 × 1 – done")
     sys.stdout.flush()
     assert written.getvalue() == b"4 \\xd7 1 \\u2013 done\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_json_stays_whole_and_valid_on_every_console(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, buffer = ["où – 胃\x7f\x85\u202e\xad", "胃" * 2_000], io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding))
+    with visible_results():
+        print_json(json.dumps(said, ensure_ascii=False))
+    text = buffer.getvalue().decode(encoding)
+    assert json.loads(text) == said and text.removesuffix("\n").isprintable()
