@@ -3,7 +3,7 @@
     python -m benchmarks.shared_images                       # 64 questions, 24 new tokens, 576 positions an image
     python -m benchmarks.shared_images --size 7b --at-once 64 --questions 256
     python -m benchmarks.shared_images --family qwen2_5_vl      # a model with a processor of its own
-    python -m benchmarks.shared_images --slices 40 --patches 16 --questions 20      # 20 questions about a volume
+    python -m benchmarks.shared_images --slices 40 --patches 16 --questions 20 --repetitions 1     # about a volume
 
 As many questions about an image as in PathVQA's test set (6,761 on 858 images), in those of SLAKE and VQA-RAD together
 (1,512 on 299), and one. The images' features are given, so the tower takes no part. `before` answers whole prompts,

@@ -141,10 +141,11 @@ def feature_key(weights: Mapping[str, Tensor], how: Any, processor: Any) -> str:
 
 MODEL_INPUT = "mm_encoder_outputs"
 """The argument of a model's forward pass."""
-BY_LAYER, BY_IMAGE = "deepstack_features", ("pooler_output", "deepstack_features")
-STATES = ("last_hidden_state", "hidden_states", "attentions")
-"""What models do not read of an encoder's output: the states of its layers. What they read of it besides features of
-each image is the same for every image (Ovis2's `visual_indicator_features`)."""
+POOLED, LAST, BY_LAYER = "pooler_output", "last_hidden_state", "deepstack_features"
+BY_IMAGE = (POOLED, LAST, BY_LAYER)
+STATES = ("hidden_states", "attentions")
+"""What models do not read of an encoder's output. They read its last states where nothing is pooled (Llama 4). What
+they read besides features of each image is the same for every image (Ovis2's `visual_indicator_features`)."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,9 @@ def flattened(output: Mapping[str, Any]) -> dict[str, Tensor]:
         for number, part in enumerate(value if isinstance(value, list | tuple) else ()):
             add(f"{name}.{number}", part)
 
+    left_out = {*STATES, LAST} if output.get(POOLED) is not None else set(STATES)
     for field, value in output.items():
-        if field not in STATES:
+        if field not in left_out:
             add(field, value)
     return found
 

@@ -186,6 +186,7 @@ def test_features_of_images_are_put_together_as_they_were_taken_apart() -> None:
     by_image, joined, (layer, beside) = image.deepstack_features
     assert [part.tolist() for part in by_image] == [(one + 1).tolist(), (other + 1).tolist()]
     assert joined.equal(torch.cat([one, other]) + 2) and layer == 7 and beside[1].equal(other + 3)
+    assert list(flattened({"last_hidden_state": one})) == ["last_hidden_state"]  # where nothing is pooled
     plain = together([{"pooler_output": one[None]}, {"pooler_output": one[None] + 1}])["image"]
     assert plain.pooler_output.equal(torch.stack([one, one + 1]))
 
