@@ -26,8 +26,8 @@ def doubts_of(folder: Path) -> dict[str, Any]:
     probabilities = read_probabilities(folder / PROBABILITIES)
     finished = [of.finished for of in probabilities if of.finished is not None]
     longest = max((len(str(row.gt)) for row in rows), default=0)
-    cut = [text for text, of in zip(answers, probabilities, strict=False) if of.finished is False]
     finals = [final_answer(answer) for answer in answers]
+    cut = [final.text for final, of in zip(finals, probabilities, strict=False) if of.finished is False]
     reasons = Counter(of.reason for of in probabilities if of.reason not in (None, "stop"))
     return {
         "unfinished": finished.count(False) if finished else None,

@@ -107,12 +107,14 @@ def test_answers_of_earlier_versions_pass_without_a_digest_of_images() -> None:
     assert not Origin("a", "b").gave("a", "c") and not Origin("a", "b").gave("c", "b")
 
 
-@pytest.mark.parametrize(("text", "advice"), [("yes yes yes", "does not end them"), ("ye", "raise it")])
+@pytest.mark.parametrize(
+    ("text", "advice"), [("yes yes yes", "does not end them"), ("ye", "raise it"), ("<think>is it, or", "raise it")]
+)
 def test_what_to_do_about_answers_that_were_cut(text: str, advice: str, tmp_path: Path) -> None:
     line = {"question_id": 1, "prompt": "Is it?", "text": text, "gt": "yes", "answer_type": "CLOSED"}
     (tmp_path / ANSWERS).write_text(json.dumps(line) + "\n")
     write_rows(tmp_path / PROBABILITIES, [AnswerProbability(tokens=3, finished=False).row(1)])
     facts = {"task": "CXP", "stage": 2, "banks": (), "answers": "a", "questions": "", "rows": 1, "fingerprint": ""}
     cell = Cell(**facts, seconds=0.0, metrics={}, intervals={}, **doubts_of(tmp_path))
-    [doubt] = doubts_in_words(cell, 3)
+    doubt = doubts_in_words(cell, 3)[0]
     assert doubt.startswith("1 of 1 answers (100 %) were cut off at evaluation.max_new_tokens = 3") and advice in doubt

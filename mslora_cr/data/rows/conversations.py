@@ -23,6 +23,7 @@ from mslora_cr.data.rows.row import (
     known_columns,
     options_of,
     patient_column,
+    patient_of,
     plain,
     remark_split,
     said,
@@ -192,9 +193,9 @@ def _completed(row: Row, item: Mapping[str, Any], columns: Columns, remark: Rema
     if not columns.split:
         remark_split(names, remark)
     column = columns.group or patient_column(names, remark)
-    group = said(item.get(column), "a patient").strip() if column else ""
+    group = patient_of(item.get(column)) if column else None
     attributes = {name: value for name in columns.attributes if (value := attribute(item.get(name))) is not None}
-    return replace(row, split=split, group=group or None, attributes=attributes)
+    return replace(row, split=split, group=group, attributes=attributes)
 
 
 def opening_key(path: Path) -> str:

@@ -223,7 +223,7 @@ def _table_row(location: str, values: Mapping[str, Any], columns: Columns, quest
         asking = f"{hint}\n{asking}"
     options = options_of([values.get(name) for name in columns.options])
     attributes = {name: value for name in columns.attributes if (value := attribute(values.get(name))) is not None}
-    group = text(columns.group, "a patient") or None
+    group = patient_of(values.get(columns.group)) if columns.group else None
     return Row(location, images, (("human", asking), ("gpt", answer)), split, group, kind, attributes, options)
 
 
@@ -253,6 +253,16 @@ def said(value: Any, what: str) -> str:
     raise UnusableError(
         f"{what} that is {next((word for kind, word in _NO_TEXT if isinstance(value, kind)), 'no text')}"
     )
+
+
+def patient_of(value: Any) -> str | None:
+    """Return a patient's name; None if it is missing. A number is the same with and without `.0`, which a column with
+    missing values adds.
+
+    Raises:
+        UnusableError: It is neither a text nor a number.
+    """
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", said(value, "a patient").strip()) or None
 
 
 def attribute(value: Any) -> str | int | float | None:

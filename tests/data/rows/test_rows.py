@@ -163,6 +163,15 @@ def test_lines_of_json_end_at_line_feeds_alone(tmp_path: Path) -> None:
     assert [row.turns[0][1] for row in rows] == [f"one{mark}two" for mark in "\u2028\u0085\x0b\u2029"]
 
 
+def test_a_patients_number_is_the_same_with_and_without_a_decimal(tmp_path: Path) -> None:
+    """A column with a missing value turns 7 into 7.0; a UID that ends so stays as it is."""
+    names = ["7", "7.0", "07", "1.2.0", ""]
+    table = "image,question,answer,patient\n" + "".join(f"a.png,What?,yes,{name}\n" for name in names)
+    assert [row.group for row in read(tmp_path / "t.csv", table)] == ["7", "7", "07", "1.2.0", None]
+    [row] = read(tmp_path / "c.json", json.dumps([chat(patient=7.0)]))
+    assert row.group == "7"
+
+
 def test_parts_of_conversations_are_counted(tmp_path: Path) -> None:
     later = chat()
     later["conversations"] += [{"from": "human", "value": "And <image>?"}, {"from": "gpt", "value": "y"}]
