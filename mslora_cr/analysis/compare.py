@@ -289,7 +289,10 @@ def render_comparison(comparison: Comparison) -> str:
         headers = ["run", "task", "banks by", "questions", "images", baseline, "run's", "difference", "p", "p adjusted"]
         rows = [row for test in tests for row in _rows(test, comparison.runs[test.run].banks_by)]
         unit = ", ".join(["%"] * (title not in NOT_PERCENT) + ["lower is better"] * (title in LOWER_IS_BETTER))
-        parts.append(f"{title}, {unit}\n" + tabulate(rows, headers=headers, floatfmt=".4f", missingval="–"))
+        parts.append(
+            f"{title}, {unit}\n"
+            + tabulate(rows, headers=headers, floatfmt=".4f", missingval="–", disable_numparse=[5, 6, 7])
+        )
     where = "after the last stage" if comparison.at == "final" else "each task at its own stage"
     banks_by = comparison.runs[baseline].banks_by
     parts.append(

@@ -14,6 +14,8 @@ from mslora_cr.data.datasets import EvalDataset
 from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.records import TestRecords
 from mslora_cr.generation.batching import Limits, grouped, in_waves
+from mslora_cr.generation.cuda_graphs import StaticSteps
+from mslora_cr.generation.prefix_decoder import Decoder
 from mslora_cr.generation.run import decoder_of, scored_batches
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
@@ -42,11 +44,14 @@ def asked(folder: Path, repeats: int) -> TestRecords:
 
 
 def scored(
-    base: object, samples: EvalDataset, batch: int, mixed: QuestionBanks | None = None
+    base: object, samples: EvalDataset, batch: int, mixed: QuestionBanks | None = None, buffers: bool = False
 ) -> tuple[dict[int, list[list[int]]], dict[int, list[list[float]]]]:
     """By question, its answer's ids and its candidates', and the log-probability of each."""
     prompts, prepare = samples.prompts(), samples.input_processor
     decoder = decoder_of(prepare, base, prompts, NEW_TOKENS, mixed)
+    if buffers:
+        assert isinstance(decoder, Decoder)
+        decoder.steps = StaticSteps(record=False)  # of fixed sizes, as a GPU's graph needs them
     banks = mixed.of if mixed is not None else lambda _: ()
     limits = Limits(batch, NEW_TOKENS, batch * (max(map(len, prompts)) + NEW_TOKENS))
     waves = in_waves(grouped(prompts, range(len(prompts)), banks), prompts, limits)
@@ -86,7 +91,7 @@ def test_each_is_that_of_one_forward_pass(
     monkeypatch.setattr(base.model.config.text_config, "sliding_window", window)
     prepare = LlavaMedInputs(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
     samples = EvalDataset(asked(tmp_path, repeats=3), [GOLDEN], prepare)
-    wanted, found = scored(base.model, samples, batch)
+    wanted, found = scored(base.model, samples, batch, buffers=window is None)
     assert len(found) == 7
     for question, several in wanted.items():
         assert [len(scores) for scores in found[question]] == [len(tokens) for tokens in several]
