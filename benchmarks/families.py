@@ -38,7 +38,7 @@ from mslora_cr.models.layout import ModelError
 from mslora_cr.models.load import load_model
 from mslora_cr.models.processor_base import ProcessorBase
 from mslora_cr.training.inputs import loss_mask
-from tests.helpers.any_family import NoTinyModelError, image_backends, make_any
+from tests.helpers.any_family import NoTinyModelError, make_any, needs_torchvision
 from tests.helpers.families import FAMILIES, make
 from tests.helpers.more_families import MORE, REFUSED, make_more
 
@@ -82,7 +82,7 @@ def outcome(kind: str) -> str:
     except NoTinyModelError as error:
         return f"not tried: no tiny model was made of it ({error})"
     except ModelError as error:
-        return f"refused: {_FOLDER.sub('', str(error))}"
+        return f"refused: {_FOLDER.sub('', str(error)).partition('; missing:')[0]}"
     except Exception as error:
         return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
@@ -100,7 +100,7 @@ def _tried(kind: str, folder: Path) -> str:
     _check_reasoning(base, folder)
     _train(base, folder)
     experts = "; fused experts are not adapted" if fused_experts(base.model) else ""
-    needs = "" if "pil" in image_backends(kind) else "; needs torchvision"
+    needs = "; needs torchvision" if needs_torchvision(kind) else ""
     return f"works, {WAYS[decoder]}{kept}{experts}{needs}"
 
 

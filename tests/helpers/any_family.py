@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    ShieldGemma2ForImageClassification,
+)
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.image_processing_auto import (
     IMAGE_PROCESSOR_MAPPING_NAMES,
@@ -52,23 +58,25 @@ NAMED = {
 """The processors of types that transformers maps to none: the published folders name them."""
 TOKENS: dict[str, list[str]] = {
     "chameleon": [f"IMGIMG{letter}Z" for letter in "ABCDEFGH"],
+    "fuyu": ["|SPEAKER|", "|NEWLINE|", *(f"<0x0{number}>" for number in range(5))],
 }
 """The tokens of a type that its processor's source does not spell out."""
 UNMADE = {
     "diffusion_gemma": "its decoder writes blocks by diffusion",
     "dots3_note": "its layers have settings by number",
     "emu3": "its tokens of images have a vocabulary of their own",
-    "evolla": "AutoModel does not map its configuration",
     "fast_vlm": "its tower is one of timm's",
-    "fuyu": "its processor writes images in a way of its own",
     "gemma3n": "its tower is one of timm's",
     "glm5_next": "its attention has sizes that depend on each other",
     "perception_lm": "its tower is one of timm's",
-    "shieldgemma2": "it classifies, and its weights have other names",
     "step3p7": "its tower has sizes that depend on each other",
 }
 """The types of which no tiny model is made, and why."""
+CONFIGURED = {"evolla": "EvollaProcessor"}
+"""The types of whose folder only the configuration is made, with the name of its processor: its model reads proteins, and
+`AutoModelForImageTextToText` does not build it."""
 WRITTEN = {
+    "fuyu": "",
     "hunyuan_vl": "{image_start_token}{image_token}{image_end_token}",
     "qianfan_ocr": "<image>",
     "qwen2_5_omni_thinker": "{vision_bos_token}{image_token}{vision_eos_token}",
@@ -170,6 +178,10 @@ def make_any(kind: str, folder: Path) -> None:
     """
     if kind in UNMADE:
         raise NoTinyModelError(UNMADE[kind])
+    if kind in CONFIGURED:
+        CONFIG_MAPPING[kind]().save_pretrained(folder)
+        (folder / "processor_config.json").write_text(json.dumps({"processor_class": CONFIGURED[kind]}))
+        return
     try:
         processor = processor_of(kind)
         write(lambda: (model_of(kind, processor), processor), folder)
@@ -205,6 +217,13 @@ def image_backends(kind: str) -> Mapping[str, str]:
     return named[module]
 
 
+def needs_torchvision(kind: str) -> bool:
+    """Whether a type's images or its processor need torchvision."""
+    name = PROCESSOR_MAPPING_NAMES.get(kind) or NAMED.get(kind)
+    needed = getattr(processor_class_from_name(name), "__backends", ()) if name else ()
+    return "pil" not in image_backends(kind) or "torchvision" in needed
+
+
 def _image_processor(kind: str) -> Any:
     backends = image_backends(kind)
     return get_image_processor_class_from_name(backends.get("pil") or backends["torchvision"])(**IMAGES.get(kind, {}))
@@ -234,7 +253,12 @@ def model_of(kind: str, processor: Any) -> Any:
     config = _small(CONFIG_MAPPING[kind], {}, processor, CHANGES.get(kind, {}))
     for part in _parts(config):
         _fit_sections(part, part is config.get_text_config() and "mrope_section" in _source(part))
-    model = AutoModelForImageTextToText.from_config(config)
+    # The published weights are those of the classifier.
+    model = (
+        ShieldGemma2ForImageClassification(config)
+        if kind == "shieldgemma2"
+        else AutoModelForImageTextToText.from_config(config)
+    )
     for _name, parameter in model.named_parameters():
         if not parameter.any() and parameter.dim() > 1:  # zeros would show no picture
             parameter.data.normal_(0, 0.02)
