@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from random import Random
@@ -152,3 +153,16 @@ def in_lines(content: bytes, random: Random) -> bytes:
 
 
 Mutation = Callable[[bytes, Random], bytes]
+
+
+def of_same_type(content: bytes, random: Random) -> bytes:
+    """Values of a JSON text replaced by others of their type that occur in it, or by empty ones: the types stay right."""
+    root = [json.loads(content)]
+    places: list[tuple[Any, Any]] = []
+    _collect(root, places)
+    for _ in range(random.choice((1, 1, 2))):
+        holder, key = random.choice(places)
+        old = holder[key]
+        alike = [other[index] for other, index in places if type(other[index]) is type(old)]
+        holder[key] = copy.deepcopy(random.choice((type(old)(), random.choice(alike))))
+    return json.dumps(root[0]).encode()

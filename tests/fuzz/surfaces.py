@@ -219,7 +219,8 @@ def state(folder: Path, random: Random) -> list[str]:
         "bank": ("checkpoints/kept/ledger.json", "checkpoints/kept/banks/*/bank.json"),
     }[command[0]]
     path = random.choice(sorted(file for place in places for file in (folder / "made").glob(place)))
-    change = hostile.in_json if path.suffix == ".json" and random.random() < 0.7 else hostile.in_bytes
+    structured = path.suffix == ".json" and random.random() < 0.8
+    change = random.choice((hostile.in_json, hostile.of_same_type)) if structured else hostile.in_bytes
     path.write_bytes(change(path.read_bytes(), random))
     return command
 
