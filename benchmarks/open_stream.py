@@ -241,6 +241,7 @@ def _closed(runs: Sequence[SweepRun]) -> Iterator[dict[str, Any]]:
             majority, hindsight = closed[0].guessing.majority, closed[0].guessing.hindsight
             texts = [text for one in measured for text in one.by_question if len(text.classes) > 1]
             areas = [fmean(found) for text in texts if (found := [of.auroc.value for of in text.by_class if of.auroc])]
+            balanced = [text.figures["balanced accuracy"].value for text in texts]
             yield {
                 "task": task,
                 "method": method,
@@ -248,10 +249,15 @@ def _closed(runs: Sequence[SweepRun]) -> Iterator[dict[str, Any]]:
                 "most frequent answer": 100 * (hindsight if majority is None else majority),
                 "accuracy": 100 * fmean(one.guessing.score for one in closed),
                 "runs above it": sum(one.guessing.above for one in closed),
-                "balanced accuracy": 100 * fmean(text.figures["balanced accuracy"].value for text in texts),
-                "guessing, balanced": 100 * fmean(1 / len(text.classes) for text in texts),
-                "AUROC": 100 * fmean(areas) if areas else None,
+                "balanced accuracy": _percent(balanced),
+                "guessing, balanced": _percent([1 / len(text.classes) for text in texts]),
+                "AUROC": _percent(areas),
             }
+
+
+def _percent(shares: Sequence[float]) -> float | None:
+    """Return the mean in percent; None where nothing is asked often enough."""
+    return 100 * fmean(shares) if shares else None
 
 
 def _subgroups(runs: Sequence[SweepRun]) -> Iterator[dict[str, Any]]:
