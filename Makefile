@@ -14,9 +14,8 @@ TEST_DATA := pydicom-data==1.0.0 scikit-image==0.26.0 stardist==0.9.2 mistral-co
 demo: setup
 	$(BIN)/mslora-cr demo
 
-# Three processes for two cores: many tests wait, for a host that is lost or a server that does not answer.
 test: setup lint
-	$(BIN)/python -m pytest -n 3 -m "not long" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not long" $(PYTEST_ARGS)
 
 # Also the long variants, of which `make test` runs one each.
 test-all: setup lint

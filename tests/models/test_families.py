@@ -275,7 +275,8 @@ def test_kept_features_are_to_a_model_what_pixels_are(family: str, folder: Folde
     torch.testing.assert_close(ours.logits, wanted.logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_with_kept_features_gives_the_same_banks_and_answers(
     family: str, trained: Folder, settings: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
