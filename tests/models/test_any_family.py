@@ -27,6 +27,6 @@ def test_the_table_has_every_type_and_leaves_none_open() -> None:
 @pytest.mark.parametrize("kind", first_in_make_test(*FIRST, *(k for k in HERE if k not in FIRST), first=len(FIRST)))
 def test_a_type_is_what_the_table_says(kind: str) -> None:
     found = outcome(kind)
-    if found.startswith("not tried") and not ROWS[kind].startswith("not tried"):
+    if "ImportError: " in found or "ModuleNotFoundError: " in found:
         pytest.skip(f"the table was made with torchvision; here it is {found}")
     assert found == ROWS[kind]
