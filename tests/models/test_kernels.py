@@ -127,7 +127,8 @@ def test_liger_computes_what_a_models_modules_do(family: str, ligers_formulas: C
         results.append((states, embedded.grad))
     assert ligers_formulas == counts
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        # Gradients of up to 90 are sums that cancel, and round at the scale of the largest.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-6 * float(theirs.abs().max()))
 
 
 def test_a_norm_of_another_formula_keeps_its_own(ligers_formulas: Counter[str], tiny_model: Path) -> None:
