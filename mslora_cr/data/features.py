@@ -199,7 +199,7 @@ def together(images: Sequence[Mapping[str, Tensor]]) -> dict[str, EncoderOutput]
     output = EncoderOutput(
         {name: _joined([of[name] for of in trees], name == BY_LAYER) for name in BY_IMAGE if name in trees[0]}
     )
-    for name in trees[0].keys() - output.keys():
+    for name in [name for name in trees[0] if name not in output]:
         if not all(of[name].equal(trees[0][name]) for of in trees):
             raise ValueError(f"{name} differs among images")
         output[name] = trees[0][name]
