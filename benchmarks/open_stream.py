@@ -26,6 +26,7 @@ from mslora_cr.evaluation.results import required_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.evaluation.schemas import ROUTED, ROUTING, Routing
 from mslora_cr.methods.base import needs_task
+from mslora_cr.metrics.by_class import BALANCED
 from mslora_cr.reporting.sweep_result import RESULT, Outcome, SweepResult
 from mslora_cr.statistics.interval import span
 from mslora_cr.statistics.intervals import estimate_of, mean_interval
@@ -241,7 +242,7 @@ def _closed(runs: Sequence[SweepRun]) -> Iterator[dict[str, Any]]:
             majority, hindsight = closed[0].guessing.majority, closed[0].guessing.hindsight
             texts = [text for one in measured for text in one.by_question if len(text.classes) > 1]
             areas = [fmean(found) for text in texts if (found := [of.auroc.value for of in text.by_class if of.auroc])]
-            balanced = [text.figures["balanced accuracy"].value for text in texts]
+            balanced = [text.figures[BALANCED].value for text in texts]
             yield {
                 "task": task,
                 "method": method,

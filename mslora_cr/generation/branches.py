@@ -77,6 +77,6 @@ class Branches:
 
 
 def _beginnings(continuations: Continuations) -> dict[Beginning, int]:
-    """Return the position of each beginning of some continuations that is neither empty nor a whole one's last part."""
+    """Return a position for each distinct beginning: one token or more of a continuation, without its last."""
     beginnings = dict.fromkeys(tuple(tokens[:end]) for tokens in continuations for end in range(1, len(tokens)))
     return {beginning: place for place, beginning in enumerate(beginnings)}

@@ -55,14 +55,17 @@ def reliability_bins(confidence: Floats, right: Floats, bins: int = BINS) -> lis
         right: (questions,), 1 where that answer is right, else 0.
         bins: Number of bins. No bin is empty, so fewer questions have fewer bins.
     """
-    parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
     return [
         ReliabilityPoint(
             confidence=float(confidence[part].mean()), accuracy=float(right[part].mean()), questions=len(part)
         )
-        for part in parts
-        if len(part)
+        for part in _of_equal_mass(confidence, bins)
     ]
+
+
+def _of_equal_mass(confidence: Floats, bins: int) -> list[NDArray[np.intp]]:
+    """Return the questions of each bin of `reliability_bins`."""
+    return [part for part in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(part)]
 
 
 def expected_calibration_error(confidence: Floats, right: Floats, bins: int = BINS) -> float:
@@ -81,8 +84,7 @@ def calibration_scores(confidence: Floats, right: Floats, bins: int = BINS) -> F
     The arguments are those of `reliability_bins`.
     """
     off = right - confidence
-    parts = [part for part in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(part)]
-    for part in parts:
+    for part in _of_equal_mass(confidence, bins):
         off[part] *= np.sign(off[part].mean())
     return off
 
@@ -113,10 +115,15 @@ def risk_coverage_scores(confidence: Floats, right: Floats) -> Floats:
     return scores
 
 
+def _answered_at(coverage: float, questions: int) -> int:
+    """Return ``ceil(coverage · n)``, at least 1."""
+    return max(1, math.ceil(round(coverage * questions, 9)))
+
+
 def accuracy_at_coverage(confidence: Floats, right: Floats, coverage: float) -> float:
     """Return the share of right answers among the surest ``ceil(coverage · n)``. The arguments are those of
     `reliability_bins`."""
-    answered = max(1, math.ceil(round(coverage * len(right), 9)))
+    answered = _answered_at(coverage, len(right))
     return float(1 - risk_coverage(confidence, right)[answered - 1])
 
 
@@ -127,7 +134,7 @@ def accuracy_at_coverage_scores(confidence: Floats, right: Floats, coverage: flo
     as the ``√n`` next to it on either side.
     """
     count, order = len(right), np.argsort(-confidence, kind="stable")
-    answered, near = max(1, math.ceil(round(coverage * count, 9))), math.ceil(count**0.5)
+    answered, near = _answered_at(coverage, count), math.ceil(count**0.5)
     at_threshold = right[order[max(0, answered - near) : answered + near]].mean()
     scores = np.full(count, at_threshold)
     scores[order[:answered]] += count / answered * (right[order[:answered]] - at_threshold)

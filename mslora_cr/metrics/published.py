@@ -246,8 +246,12 @@ def _score_row(answer: ScorableAnswer) -> RowScore:
 def gives(answer: str, truth: str) -> bool:
     """Return whether a closed answer gives its truth in whole words (`says`), with each number as one word: the
     published normalisation cuts numbers at their marks."""
-    said, true = (normalize_answer(number_words(text.lower())) for text in (answer, truth))
-    return says(answer, truth, said, true)
+    return says(answer, truth, _with_number_words(answer), _with_number_words(truth))
+
+
+@lru_cache(maxsize=1 << 12)  # Closed answers and their truths repeat.
+def _with_number_words(text: str) -> str:
+    return normalize_answer(number_words(text.lower()))
 
 
 def _remembered(score: Callable[[str, str], tuple[float, ...]], prediction: str, reference: str) -> Any:

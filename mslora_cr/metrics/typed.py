@@ -138,15 +138,12 @@ def label_figures(
         groups: (questions,), the number of each question's image or patient.
         most: Number of labels at most.
     """
-    counts = Counter(label for labels in true for label in labels)
     figures = []
     for label, columns in label_columns(said, true, groups, most).items():
         sensitivity, specificity = (share_of(*column) if len(column.scores) else None for column in columns)
-        named = sum(label in labels for labels in said)
+        present, named = len(columns[0].scores), sum(label in labels for labels in said)
         figures.append(
-            LabelMeasured(
-                name=label, questions=counts[label], said=named, sensitivity=sensitivity, specificity=specificity
-            )
+            LabelMeasured(name=label, questions=present, said=named, sensitivity=sensitivity, specificity=specificity)
         )
     return tuple(figures)
 
