@@ -3,14 +3,14 @@
     python -m benchmarks.startup
     python -m benchmarks.startup --commands --clock cpu
 
-Each measurement is a process of its own. With `--commands`, beside that what `train` and `evaluate` import, with
-bitsandbytes, which PEFT imports wherever it is installed, and without, and both commands from start to end on a tiny
-model, where little else but imports takes time (`benchmarks.profile` has their stages at any size).
+Each measurement is a process of its own. With `--commands`, beside that what `train`, `evaluate` and `ask` import, and
+the same without `mslora_cr.utils.lean_imports`, which leaves out parts of libraries; and `train` and `evaluate` from
+start to end on a tiny model, where little else but imports takes time (`benchmarks.profile` has their stages at any
+size).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import subprocess
 import sys
@@ -29,12 +29,9 @@ COMMANDS = {
     "mslora-cr train --help": ["-m", "mslora_cr", "train", "--help"],
     "everything a training imports": ["-c", "import mslora_cr.stream.train"],
 }
-IMPORTS = {
-    "train": "import mslora_cr.cli.main, mslora_cr.stream.train",
-    "evaluate": "import mslora_cr.cli.main, mslora_cr.evaluation.evaluate",
-}
-WITHOUT = "import sys; sys.modules['bitsandbytes'] = None; "
-"""As if the package were not installed."""
+IMPORTS = {"train": "mslora_cr.stream.train", "evaluate": "mslora_cr.evaluation.evaluate", "ask": "mslora_cr.api"}
+"""The module that imports everything that a command needs."""
+LIBRARIES = "import mslora_cr.cli.main; from mslora_cr.cli.common import import_libraries; import_libraries"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -59,14 +56,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         if setting.args.commands:
-            for command, imports in IMPORTS.items():
-                variants[f"{command} imports"] = running(["-c", imports])
-                if importlib.util.find_spec("bitsandbytes") is not None:
-                    variants[f"{command} imports, no bitsandbytes"] = running(["-c", WITHOUT + imports])
-                    ratios[f"{command}_imports_over_no_bitsandbytes"] = (
-                        f"{command} imports",
-                        f"{command} imports, no bitsandbytes",
-                    )
+            for command, module in IMPORTS.items():
+                variants[f"{command} imports"] = running(
+                    ["-c", f"{LIBRARIES}(trains={command == 'train'}); import {module}"]
+                )
+                variants[f"{command} imports, whole"] = running(["-c", f"import mslora_cr.cli.main, {module}"])
+                ratios[f"{command}_imports_over_whole"] = (f"{command} imports", f"{command} imports, whole")
             train, evaluate = tiny_commands(Path(folder))
             running(["-m", "mslora_cr", *train])()
             numbers = itertools.count()

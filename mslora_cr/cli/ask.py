@@ -16,8 +16,8 @@ from mslora_cr.cli.common import (
     add_release_option,
     add_run,
     add_stage,
+    import_libraries,
     positive,
-    quieten,
     run_config,
     stage_of,
     typed,
@@ -105,7 +105,7 @@ def _ask(args: argparse.Namespace) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
         sys.stdin.reconfigure(encoding="utf-8")  # As `typed` reads questions of the command line.
     stage = stage_of(args, config)
-    quieten()
+    import_libraries()
     from mslora_cr.serving.answering import AnsweringModel
     from mslora_cr.serving.questions import Ask, check_asked, read_questions
 

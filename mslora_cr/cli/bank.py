@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mslora_cr.cli.common import CONFIG_HELP, add_command, add_config, config_of, quieten
+from mslora_cr.cli.common import CONFIG_HELP, add_command, add_config, config_of, import_libraries
 from mslora_cr.utils.visible import print_json
 
 
@@ -101,7 +101,7 @@ def _import(args: argparse.Namespace) -> int:
 
 def _fit_router(args: argparse.Namespace) -> int:
     config = config_of(args)
-    quieten()
+    import_libraries()
     from mslora_cr.distributed.launch import abort_together
     from mslora_cr.stream.fit_router import fit_router
 

@@ -209,17 +209,26 @@ def stage_of(args: argparse.Namespace, config: StreamConfig) -> int | None:
     return record.stage
 
 
-def quieten() -> None:
-    """Hide loading bars and advice for library authors, so that the console shows this program's own progress."""
+def import_libraries(trains: bool = False) -> None:
+    """Import the libraries that load a model, without the parts that the command does not use, and keep them quiet.
+
+    The console then shows this program's own progress, without loading bars and advice for library authors.
+    """
     import warnings
 
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from mslora_cr.utils.lean_imports import import_peft, import_transformers
+
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Otherwise DeepSpeed would detect it by itself, with a warning.
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    if trains:
+        import_peft()
+    else:
+        import_transformers()
 
 
 def add_lock(parser: argparse.ArgumentParser) -> None:

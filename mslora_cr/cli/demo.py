@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mslora_cr.cli.common import add_command, add_overrides, quieten
+from mslora_cr.cli.common import add_command, add_overrides, import_libraries
 
 
 def add_demo(commands: argparse._SubParsersAction) -> None:
@@ -20,7 +20,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    quieten()
+    import_libraries(trains=True)
     from mslora_cr.demo import run_demo
 
     run_demo(args.overrides)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from mslora_cr.cli.common import add_command, add_config, config_of, positive, quieten
+from mslora_cr.cli.common import add_command, add_config, config_of, import_libraries, positive
 from mslora_cr.config.schema import EvaluationConfig, StreamConfig
 from mslora_cr.utils.errors import UserError
 
@@ -112,7 +112,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         return _evaluate_endpoint(args, config)
     if args.task and config.evaluation.banks_by == "routed":
         raise UserError("--task cannot be combined with routed evaluation, which mixes the questions of all tasks")
-    quieten()
+    import_libraries()
     from mslora_cr.distributed.comm import rank
     from mslora_cr.distributed.launch import abort_together
     from mslora_cr.evaluation.evaluate import evaluate

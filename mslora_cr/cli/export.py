@@ -12,7 +12,7 @@ from mslora_cr.cli.common import (
     add_release_option,
     add_run,
     add_stage,
-    quieten,
+    import_libraries,
     run_config,
     stage_of,
 )
@@ -60,7 +60,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.base and args.format != "peft":
         raise UserError("--base belongs to --format peft: the other formats do not name a base model")
     stage = stage_of(args, config)
-    quieten()
+    import_libraries()
     from mslora_cr.serving.export import export, max_lora_rank, read_record
 
     ranks = [0]
@@ -101,7 +101,7 @@ def add_push(commands: argparse._SubParsersAction) -> None:
 
 def _push(args: argparse.Namespace) -> int:
     config = run_config(args.target, args.overrides)
-    quieten()
+    import_libraries()
     from mslora_cr.serving.push import push, write_card
 
     if args.dry_run:

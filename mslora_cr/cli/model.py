@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_config, add_lock, announce, config_of, quieten
+from mslora_cr.cli.common import add_command, add_config, add_lock, announce, config_of, import_libraries
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.download import MODELS, download
 from mslora_cr.utils.errors import nearest
@@ -65,7 +65,7 @@ def add_model(commands: argparse._SubParsersAction) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    quieten()
+    import_libraries()
     from mslora_cr.models.inspect import inspect
 
     comparison = inspect(args.path)
@@ -79,7 +79,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     config = config_of(args)
-    quieten()
+    import_libraries()
     from mslora_cr.synthetic.small import make_small_llava
 
     print(f"base model: {make_small_llava(config, args.raw)}")

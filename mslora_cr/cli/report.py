@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from mslora_cr.cli.common import add_command, add_overrides, add_trust, count, quieten, run_config
+from mslora_cr.cli.common import add_command, add_overrides, add_trust, count, import_libraries, run_config
 from mslora_cr.utils.errors import UserError
 
 
@@ -169,7 +169,7 @@ def add_analyze(commands: argparse._SubParsersAction) -> None:
 
 
 def _analyze(args: argparse.Namespace) -> int:
-    quieten()
+    import_libraries()
     from mslora_cr.analysis.analyze import QUESTIONS, analyze
     from mslora_cr.distributed.comm import rank
     from mslora_cr.distributed.launch import abort_together

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mslora_cr.cli.common import add_command, add_config, quieten
+from mslora_cr.cli.common import add_command, add_config, import_libraries
 from mslora_cr.utils.errors import UserError
 
 
@@ -49,7 +49,7 @@ def _orders(text: str) -> int | str:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    quieten()
+    import_libraries(trains=True)
     from mslora_cr import sweep
     from mslora_cr.distributed import pool
 

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_config, config_of, quieten
+from mslora_cr.cli.common import add_command, add_config, config_of, import_libraries
 from mslora_cr.config.schema import ConfigError, StreamConfig
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     config = config_of(args)
-    quieten()
+    import_libraries(trains=True)
     from mslora_cr.distributed.comm import rank
     from mslora_cr.distributed.launch import abort_together
     from mslora_cr.stream import train as stream

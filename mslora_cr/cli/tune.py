@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mslora_cr.cli.common import add_command, add_config, config_of, positive, quieten, share
+from mslora_cr.cli.common import add_command, add_config, config_of, import_libraries, positive, share
 from mslora_cr.utils.errors import UserError
 
 
@@ -75,7 +75,7 @@ def _tune(args: argparse.Namespace) -> int:
     config = config_of(args)
     if config.seed in args.seeds:
         raise UserError(f"--seeds {config.seed}: the seed of the run itself, which is to be reported; name others")
-    quieten()
+    import_libraries(trains=True)
     from mslora_cr.distributed import pool
     from mslora_cr.reporting.tuning_page import write_tuning_page
     from mslora_cr.tuning.space import read_space

@@ -14,7 +14,7 @@ from mslora_cr.cli.common import (
     add_release_option,
     add_run,
     count,
-    quieten,
+    import_libraries,
     run_config,
     stage_of,
 )
@@ -49,7 +49,7 @@ def _web(args: argparse.Namespace) -> int:
     abstains(args)
     config = run_config(args.target, args.overrides)
     stage = stage_of(args, config)
-    quieten()
+    import_libraries()
     import uvicorn
 
     from mslora_cr.serving.answering import AnsweringModel

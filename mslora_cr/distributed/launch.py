@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
 
 import psutil
 import torch
@@ -38,16 +37,15 @@ GRACE_SECONDS = 5
 """The time that a failing rank has to report why, before the others end."""
 
 
-def start_processes(config: StreamConfig) -> dict[str, Any]:
-    """Join the processes that a launcher started, and return the checked `training` section.
+def start_processes(config: StreamConfig) -> None:
+    """Join the processes that a launcher started; do nothing in a run of one process.
 
     Raises:
-        ConfigError: That section is wrong.
+        ConfigError: The `training` section is wrong, which has their timeout.
     """
-    fields = training_fields(config)
-    use_gpu = get_device(config.model.device).type == "cuda"
-    start_process_group(use_gpu, fields.get("ddp_timeout", TIMEOUT_SECONDS))
-    return fields
+    if world_size() > 1:
+        timeout = training_fields(config).get("ddp_timeout", TIMEOUT_SECONDS)
+        start_process_group(get_device(config.model.device).type == "cuda", timeout)
 
 
 def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS) -> None:

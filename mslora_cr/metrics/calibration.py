@@ -6,8 +6,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 from mslora_cr.metrics.measured import ReliabilityPoint
 
@@ -186,4 +186,4 @@ def fitted_temperature(scores: list[Floats], truths: list[int]) -> float:
             np.mean([np.logaddexp.reduce(score) - score[truth] for score, truth in zip(scaled, truths, strict=True)])
         )
 
-    return math.exp(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
+    return math.exp(scipy.optimize.minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)

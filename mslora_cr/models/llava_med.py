@@ -9,6 +9,7 @@ names.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ from mslora_cr.models.layout import (
     shard_tensors,
 )
 from mslora_cr.models.vision import TowerEncoder, TowerFeatures, detach_tower, load_tower, tower_config, tower_source
+from mslora_cr.utils.lean_imports import import_bitsandbytes, without_compiler
 
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """Parts that keep their dtype beside a language model in 4 or 8 bits: they take little memory and need precision."""
@@ -97,14 +99,15 @@ def load(
     path = Path(path)
     config = read_config(path)
     options = loading_options(dtype, quantization, device)
-    if config.get("model_type") == "llava":
-        if vision_tower not in ("config", "checkpoint"):
-            raise ModelError(f"{path}: transformers' layout includes its tower; set model.vision_tower to config")
-        source: str | Path = path
-        model = _load_transformers_layout(path, options)
-    else:
-        source = tower_source(path, config, vision_tower)
-        model = _load_llava_layout(path, config, vision_tower, source, options, device)
+    with_tower = config.get("model_type") == "llava"
+    if with_tower and vision_tower not in ("config", "checkpoint"):
+        raise ModelError(f"{path}: transformers' layout includes its tower; set model.vision_tower to config")
+    source = path if with_tower else tower_source(path, config, vision_tower)
+    with without_compiler() if quantization is None else nullcontext():  # bitsandbytes compiles functions
+        if with_tower:
+            model = _load_transformers_layout(path, options)
+        else:
+            model = _load_llava_layout(path, config, vision_tower, source, options, device)
     model.set_attn_implementation(attn_implementation)
     if quantization is None:
         model.to(device)
@@ -121,8 +124,7 @@ def loading_options(dtype: torch.dtype, quantization: str | None, device: torch.
     options: dict[str, Any] = {"dtype": dtype}
     if quantization is None:
         return options
-    import bitsandbytes  # noqa: F401  (transformers would only say that it is missing after reading every header)
-
+    import_bitsandbytes()
     kind: dict[str, Any] = {"load_in_8bit": True}
     if quantization == "4bit":
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

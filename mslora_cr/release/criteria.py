@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from scipy.special import betainc, betaincinv, stdtr, stdtrit
+import scipy
 
 from mslora_cr.clinical.asked import right_of
 from mslora_cr.data.records import TestRecords
@@ -69,8 +69,8 @@ def _calibration_test(plan: Plan, folder: Path, cell: Cell, level: float, record
         cell.task,
         limit,
         error,
-        upper=error + float(stdtrit(max(count - 1, 1), 1 - level)) * spread,
-        p=float(stdtr(max(count - 1, 1), (error - limit) / spread)) if spread else float(error >= limit),
+        upper=error + float(scipy.special.stdtrit(max(count - 1, 1), 1 - level)) * spread,
+        p=float(scipy.special.stdtr(max(count - 1, 1), (error - limit) / spread)) if spread else float(error >= limit),
         variance=spread**2 * count,
         counts=(len(chosen), count),
         level=level,
@@ -125,8 +125,8 @@ def foreign_tests(plan: Plan, folder: Path, level: float) -> Iterator[GateTest]:
             task,
             limit,
             share,
-            upper=1.0 if share >= 1 else float(betaincinv(wrong + 1, count - wrong, 1 - level)),
-            p=1.0 if share >= 1 else 1 - float(betainc(wrong + 1, count - wrong, limit)),
+            upper=1.0 if share >= 1 else float(scipy.special.betaincinv(wrong + 1, count - wrong, 1 - level)),
+            p=1.0 if share >= 1 else 1 - float(scipy.special.betainc(wrong + 1, count - wrong, limit)),
             variance=share * (1 - share),
             counts=(questions, count),
             level=level,

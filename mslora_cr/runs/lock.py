@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.distributed.comm import rank
@@ -92,19 +92,16 @@ def one_writer(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def launch(config: StreamConfig, folder: Path) -> Iterator[dict[str, Any]]:
+def launch(config: StreamConfig, folder: Path) -> Iterator[None]:
     """Start this launch's processes, and let no other launch write to a folder until the block ends.
 
-    Yields:
-        The `training` section, checked.
-
     Raises:
-        ConfigError: That section is wrong.
+        ConfigError: The `training` section is wrong, which has the processes' timeout.
         LockedError: Another launch writes to the folder.
     """
-    fields = start_processes(config)
+    start_processes(config)
     with one_writer(folder):
-        yield fields
+        yield
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import ndtr, stdtrit
+import scipy
 
 from mslora_cr.statistics.cluster_robust import ClusterVariance, Groups, Scores, cluster_variance
 from mslora_cr.statistics.interval import CONFIDENCE, Interval
@@ -166,7 +165,7 @@ def _tango(gained: float, lost: float, number: float, errors: float) -> float:
         return float((seen - d) * number**0.5 - errors * max(2 * likeliest + d * (1 - d), 0.0) ** 0.5)
 
     nearest = seen - NONE  # If no score differs, the observed difference itself is no standard error away.
-    return float(brentq(beyond, -1.0, nearest)) if nearest > -1 else -1.0
+    return float(scipy.optimize.brentq(beyond, -1.0, nearest)) if nearest > -1 else -1.0
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
@@ -228,7 +227,7 @@ def percentile_interval(replicates: Scores, groups: float) -> Interval:
     """
     if groups < 2:
         return float(replicates.min()), float(replicates.max())
-    tail = 100 * ndtr(-((groups / (groups - 1)) ** 0.5) * quantile(groups - 1))
+    tail = 100 * scipy.special.ndtr(-((groups / (groups - 1)) ** 0.5) * quantile(groups - 1))
     low, high = np.percentile(replicates, [tail, 100 - tail])
     return float(low), float(high)
 
@@ -251,7 +250,7 @@ def _careful(part: Estimate) -> Estimate:
 
 def quantile(freedom: float) -> float:
     """Return the value of Student's t that a standardised error exceeds with probability ``(1 - CONFIDENCE) / 2``."""
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+    return float(scipy.special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 def percent(ends: Interval) -> Interval:

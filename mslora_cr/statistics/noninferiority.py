@@ -6,8 +6,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
+import scipy
 
 from mslora_cr.statistics.intervals import NONE, Groups, Scores, estimate
 
@@ -72,7 +71,7 @@ def non_inferiority(differences: Scores, groups: Groups, margin: float, level: f
     return NonInferiority(
         difference=total.mean,
         bound=max(-1.0, float(bound)),
-        p=float(ndtr(-statistic) if math.isinf(freedom) else stdtr(freedom, -statistic)),
+        p=float(scipy.special.ndtr(-statistic) if math.isinf(freedom) else scipy.special.stdtr(freedom, -statistic)),
         questions=total.questions,
         groups=total.groups,
         gained=int(np.count_nonzero(differences > NONE)),
@@ -97,7 +96,9 @@ def sample_size(changed: float, margin: float, level: float, power: float, desig
     """
     if margin <= 0:
         raise ValueError(f"a margin of {margin} cannot be shown by any number of questions; give one above 0")
-    return math.ceil((ndtri(1 - level) + ndtri(power)) ** 2 * changed / margin**2 * design_effect)
+    return math.ceil(
+        (scipy.special.ndtri(1 - level) + scipy.special.ndtri(power)) ** 2 * changed / margin**2 * design_effect
+    )
 
 
 def spent(level: float, number: int) -> float:
@@ -127,7 +128,7 @@ def _tango_bound(square: float, mean: float, number: float, quantile: float) -> 
     nearest = mean - NONE
     if nearest <= -1:
         return -1.0
-    return float(brentq(lambda d: _tango_statistic(square, mean, number, d) - quantile, -1.0, nearest))
+    return float(scipy.optimize.brentq(lambda d: _tango_statistic(square, mean, number, d) - quantile, -1.0, nearest))
 
 
 def _needed(square: float, mean: float, share: float, margin: float, level: float, binary: bool) -> int | None:
@@ -145,8 +146,10 @@ def _needed(square: float, mean: float, share: float, margin: float, level: floa
         return None
     deviation = max(square - mean**2, 0.0) ** 0.5
     assumed = distance / _tango_statistic(square, likely, 1.0, -margin) if binary else deviation
-    return math.ceil(((ndtri(1 - level) * assumed + ndtri(POWER) * deviation) / distance) ** 2 / share)
+    return math.ceil(
+        ((scipy.special.ndtri(1 - level) * assumed + scipy.special.ndtri(POWER) * deviation) / distance) ** 2 / share
+    )
 
 
 def _quantile(share: float, freedom: float) -> float:
-    return float(ndtri(share) if math.isinf(freedom) else stdtrit(freedom, share))
+    return float(scipy.special.ndtri(share) if math.isinf(freedom) else scipy.special.stdtrit(freedom, share))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import betaincinv
+import scipy
 
 from mslora_cr.statistics.interval import CONFIDENCE, PairedChange
 from mslora_cr.statistics.intervals import (
@@ -119,4 +119,8 @@ def upper_bound(share: Estimate, confidence: float = CONFIDENCE) -> float:
             alone = share.mean * (1 - share.mean) / (share.questions - 1)
             ratio = quantile(share.questions - 1.0) / quantile(share.freedom)
             number = share.questions / max(1.0, share.variance / alone) * min(1.0, ratio) ** 2
-    return 1.0 if share.mean >= 1 else float(betaincinv(share.mean * number + 1, number * (1 - share.mean), confidence))
+    return (
+        1.0
+        if share.mean >= 1
+        else float(scipy.special.betaincinv(share.mean * number + 1, number * (1 - share.mean), confidence))
+    )

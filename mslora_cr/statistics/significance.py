@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import bdtr, stdtr
+import scipy
 
 from mslora_cr.statistics.intervals import SEED, Estimate, Groups, Scores
 
@@ -85,7 +85,7 @@ def t_test(total: Estimate) -> float:
 
     The values must not all be equal, since their spread would be unknown.
     """
-    return float(2 * stdtr(total.freedom, -abs(total.mean) / total.variance**0.5))
+    return float(2 * scipy.special.stdtr(total.freedom, -abs(total.mean) / total.variance**0.5))
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -93,7 +93,7 @@ def sign_test(wins: int, losses: int) -> float:
 
     Source: Dixon and Mood, "The Statistical Sign Test", JASA 1946.
     """
-    return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5))) if wins + losses else 1.0
+    return min(1.0, 2 * float(scipy.special.bdtr(min(wins, losses), wins + losses, 0.5))) if wins + losses else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from mslora_cr.banks.fit import check_fits
 from mslora_cr.banks.io import STATISTICS, TASK_STATE, load_bank, save_bank
 from mslora_cr.banks.stack import BankStack
+from mslora_cr.config.load import training_fields
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.collator import length_multiple
 from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
@@ -123,7 +124,8 @@ def train(config: StreamConfig, only: Sequence[str] = (), force: bool = False) -
             and how to fix it.
     """
     config = with_former_defaults(config)
-    with launch(config, config.run_dir) as fields:
+    fields = training_fields(config)
+    with launch(config, config.run_dir):
         check_trainable(config, fields)
         if zero_stage(fields.get("deepspeed")):
             prepare_deepspeed(get_device(config.model.device).type == "cuda")

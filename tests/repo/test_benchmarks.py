@@ -78,6 +78,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 def test_startup_trains_and_evaluates() -> None:
     found = startup.main(["--size", "tiny", "--repetitions", "1", "--commands", "--clock", "cpu"])
     assert found["ratios"]["evaluate_over_its_imports"] > 1 and found["ratios"]["train_over_its_imports"] > 1
+    assert all(found["ratios"][f"{command}_imports_over_whole"] < 1 for command in startup.IMPORTS)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in RATIOS])
