@@ -109,7 +109,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 
 def test_two_writers_leave_whole_files_and_nothing_else(tmp_path: Path) -> None:
     images = [image(tmp_path / f"{number}.png", number) for number in range(24)]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # a new process would import everything
     writers = [context.Process(target=fill, args=(tmp_path / "cache", images)) for _ in range(2)]
     for writer in writers:
         writer.start()

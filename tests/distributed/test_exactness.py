@@ -72,6 +72,7 @@ def test_offload_gives_the_numbers_of_one(trained: Run) -> None:
     compare_runs(trained("zero3_offload"), trained("one"), TASKS)
 
 
+@pytest.mark.long  # it tests the comparison
 def test_a_penalty_without_gradient_is_caught(trained: Run, tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
     config = write_exact_config(tmp_path, tiny_settings, FIXED)
     override = deepspeed_file("zero3", tmp_path)

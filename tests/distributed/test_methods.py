@@ -41,8 +41,8 @@ PROJECTOR = "projector"
 """`sequential` that trains the projector too."""
 BASES = ("inflora", "keeplora")
 """Methods that keep the basis of a space."""
-SHARED = ("each", "sequential", "incremental", "olora", "reglora")
-"""Methods whose passes are those of mslora_cr: the cross entropy, with a penalty or without. `make test` leaves them to
+SHARED = ("each", "sequential", "incremental", "olora", "reglora", "hide_llava", "joint")
+"""Methods whose passes are those of mslora_cr: the cross entropy, with a penalty or without, and a router's statistics. `make test` leaves them to
 test_exactness.py."""
 ACCUMULATED = ("lwf",)
 """In several micro-batches an update: what the trainer's own code averages over them."""
