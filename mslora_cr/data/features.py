@@ -200,10 +200,18 @@ def together(images: Sequence[Mapping[str, Tensor]]) -> dict[str, EncoderOutput]
         {name: _joined([of[name] for of in trees], name == BY_LAYER) for name in BY_IMAGE if name in trees[0]}
     )
     for name in [name for name in trees[0] if name not in output]:
-        if not all(of[name].equal(trees[0][name]) for of in trees):
+        if not all(_equal(of[name], trees[0][name]) for of in trees):
             raise ValueError(f"{name} differs among images")
         output[name] = trees[0][name]
     return {"image": output}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two tensors, or nested lists of tensors, have the same numbers."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.equal(other)
+    lists = isinstance(one, list) and isinstance(other, list)
+    return lists and len(one) == len(other) and all(map(_equal, one, other))
 
 
 def _nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:

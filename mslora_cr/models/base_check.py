@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from mslora_cr.data.chat import messages_of, training_chat
 from mslora_cr.data.chat_template_inputs import ChatSample, ChatTemplateInputs, NoImageError
@@ -37,6 +37,8 @@ def check_model(path: Path, model: PreTrainedModel) -> None:
         )
     if not model.can_generate():
         raise ModelError(f"{path}: {kind} generates no text")
+    if not isinstance(model, GenerationMixin):
+        raise ModelError(f"{path}: {kind} does not write its answers token by token, as banks learn them")
     takes = inspect.signature(inspect.unwrap(type(model).forward)).parameters
     if not any("pixel" in name or "image" in name for name in takes):
         raise ModelError(f"{path}: {kind} takes no images")

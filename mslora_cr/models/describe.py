@@ -69,9 +69,7 @@ def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {}
     if family_of(path).own_template:
-        model, processor = empty_model_of(path), load_processor(path)
-        check_model(path, model)
-        check_processor(path, processor, end_ids(model, processor))
+        model, processor = _checked(path)
         facts = {"not_adapted": experts} if (experts := fused_experts(model)) else {}
         facts |= {"template_date": date} if (date := template_date(processor)) else {}
     shapes = language_linear_shapes(path)
@@ -93,7 +91,8 @@ def summary(path: Path) -> list[str]:
     """
     if not family_of(path).own_template:
         return []
-    model, date = empty_model_of(path), fixed_date(path)
+    model, processor = _checked(path)
+    date = template_date(processor)
     each = ", ".join(f"{count} of {size}" for size, count in positions(path).items())
     experts = [f"not adapted: {count} parameters of fused experts"] if (count := len(fused_experts(model))) else []
     return [
@@ -103,6 +102,14 @@ def summary(path: Path) -> list[str]:
         f"positions of an image: {each}",
         *([f"not used with it: {', '.join(off)}"] if (off := switched_off(path, model)) else []),
     ]
+
+
+def _checked(path: Path) -> tuple[PreTrainedModel, Any]:
+    """Return a folder's model, without weights, and its processor; refuse what `train` would refuse."""
+    model, processor = empty_model_of(path), load_processor(path)
+    check_model(path, model)
+    check_processor(path, processor, end_ids(model, processor))
+    return model, processor
 
 
 def _by_kind(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -57,8 +57,20 @@ _OTHER_MODELS = re.compile(
 """The same in transformers' models with other layers, or with another name for their language model."""
 
 
+_MISSING = re.compile(r"requires the (\w+) library|Missing optional dependencies: (\w+)|No module named '(\w+)'")
+"""How transformers and Python name a package that is not installed."""
+
+
 class ModelError(UserError):
     """A base model's folder lacks something or contains something else. The message names it."""
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, in one line: how to install the package that is missing, if it is that."""
+    if missing := _MISSING.search(str(error)):
+        package = missing[missing.lastindex or 0].lower()
+        return f"it needs {package}: pip install {package}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -117,8 +129,8 @@ def from_pretrained(
         if not isinstance(error, pickle.UnpicklingError) and any(Path(source).glob("*.safetensors")):
             raise  # No pickle was read, so the device complains.
         raise ModelError(f"{source}: the weights of {what} are not plain tensors, so they are not opened") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{source}: {what} cannot be loaded ({error}){advice}") from None
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ModelError(f"{source}: {what} cannot be loaded ({reason(error)}){advice}") from None
 
 
 def llava_config(config: Mapping[str, Any], vision_config: CLIPVisionConfig) -> LlavaConfig:

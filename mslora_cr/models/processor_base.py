@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from mslora_cr.data.features import FeatureCache
 from mslora_cr.models.base_check import check_model, check_processor
 from mslora_cr.models.image_encoder import ProjectedEncoder, ProjectedFeatures
 from mslora_cr.models.language import beside_language
-from mslora_cr.models.layout import ModelError, check_report, from_pretrained
+from mslora_cr.models.layout import ModelError, check_report, from_pretrained, reason
 from mslora_cr.models.split import is_split
 from mslora_cr.utils.strict_json import read_object
 
@@ -138,7 +137,7 @@ def load_processor(path: Path) -> Any:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         if isinstance(error, ModelError):
             raise
-        _refuse(path, error)
+        raise ModelError(f"{path}: the model's processor cannot be loaded ({reason(error)[:200]})") from None
     if not (processor.chat_template or processor.tokenizer.chat_template) and takes_answers_apart(processor):
         processor.chat_template = QUESTION_ALONE
     if not (processor.chat_template or processor.tokenizer.chat_template):
@@ -187,12 +186,6 @@ def _part(name: str, path: Path, settings: Mapping[str, Any]) -> Any:
     for key, value in (part_settings if isinstance(part_settings, Mapping) else {}).items():
         setattr(stand_in, key, value)
     return stand_in
-
-
-def _refuse(path: Path, error: Exception) -> NoReturn:
-    missing = re.search(r"[Tt]orchvision", str(error)) and isinstance(error, ImportError)
-    why = "it needs torchvision: pip install torchvision" if missing else " ".join(str(error).split())[:200]
-    raise ModelError(f"{path}: the model's processor cannot be loaded ({why or type(error).__name__})") from None
 
 
 class UnusedPart(BaseVideoProcessor):
@@ -247,12 +240,14 @@ def empty_model_of(path: Path) -> PreTrainedModel:
     """Return the model of a folder, without weights.
 
     Raises:
-        ModelError: The configuration does not describe an image-text model.
+        ModelError: The configuration does not describe an image-text model, or one that needs a missing package.
     """
     try:
         return empty_model(AutoConfig.from_pretrained(path, **SAFE))
+    except ImportError as error:
+        raise ModelError(f"{path}: the model cannot be loaded ({reason(error)})") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{path}: config.json describes no model ({error or type(error).__name__})") from None
+        raise ModelError(f"{path}: config.json describes no model ({reason(error)})") from None
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:

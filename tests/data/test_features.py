@@ -189,6 +189,10 @@ def test_features_of_images_are_put_together_as_they_were_taken_apart() -> None:
     assert list(flattened({"last_hidden_state": one})) == ["last_hidden_state"]  # where nothing is pooled
     plain = together([{"pooler_output": one[None]}, {"pooler_output": one[None] + 1}])["image"]
     assert plain.pooler_output.equal(torch.stack([one, one + 1]))
+    beside = [flattened({"pooler_output": (part,), "image_tokens": [part]}) for part in (one, one, other)]
+    assert [part.tolist() for part in together(beside[:2])["image"].image_tokens] == [one.tolist()]
+    with pytest.raises(ValueError, match="image_tokens differs among images"):
+        together(beside)
 
 
 def test_features_that_the_disk_cannot_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from mslora_cr.generation.exactness import exact_decoder
 from mslora_cr.generation.hf_decoder import PlainDecoder
 from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.generation.prefix_decoder import Stopping
+from mslora_cr.models.describe import summary
 from mslora_cr.models.inspect import inspect
 from mslora_cr.models.language import fused_experts, language_linears
 from mslora_cr.models.layout import ModelError
@@ -123,7 +124,7 @@ def test_a_mixtures_bank_is_read_as_it_was_saved(family: str, tmp_path: Path) ->
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_a_base_is_refused_with_the_reason(family: str, tmp_path: Path) -> None:
     make_more(family, tmp_path)
-    for attempt in (load_model, inspect):
+    for attempt in (load_model, inspect, summary):
         with pytest.raises(ModelError, match=REFUSED[family][1]) as caught:
             attempt(tmp_path)
         assert "\n" not in str(caught.value)
