@@ -34,11 +34,11 @@ from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.models.base_check import TURNS, check_loss
 from mslora_cr.models.image_encoder import why_not_given
 from mslora_cr.models.language import fused_experts
-from mslora_cr.models.layout import ModelError
+from mslora_cr.models.layout import ModelError, reason
 from mslora_cr.models.load import load_model
 from mslora_cr.models.processor_base import ProcessorBase
 from mslora_cr.training.inputs import loss_mask
-from tests.helpers.any_family import NoTinyModelError, make_any, needs_torchvision
+from tests.helpers.any_family import make_any, needs_torchvision
 from tests.helpers.families import FAMILIES, make
 from tests.helpers.more_families import MORE, REFUSED, make_more
 
@@ -79,8 +79,8 @@ def outcome(kind: str) -> str:
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _tried(kind, Path(folder))
-    except NoTinyModelError as error:
-        return f"not tried: no tiny model was made of it ({error})"
+    except ImportError as error:
+        return f"not tried: {reason(error)}"
     except ModelError as error:
         return f"refused: {_FOLDER.sub('', str(error)).partition('; missing:')[0]}"
     except Exception as error:
@@ -100,8 +100,12 @@ def _tried(kind: str, folder: Path) -> str:
     _check_reasoning(base, folder)
     _train(base, folder)
     experts = "; fused experts are not adapted" if fused_experts(base.model) else ""
-    needs = "; needs torchvision" if needs_torchvision(kind) else ""
+    needs = "; needs timm" if _has_timm(base) else "; needs torchvision" if needs_torchvision(kind) else ""
     return f"works, {WAYS[decoder]}{kept}{experts}{needs}"
+
+
+def _has_timm(base: ProcessorBase) -> bool:
+    return any(type(module).__module__.startswith("timm.") for module in base.model.modules())
 
 
 def _kept(base: ProcessorBase) -> str:
