@@ -92,26 +92,24 @@ def import_peft() -> None:
     """
     if {"peft", BITSANDBYTES} & sys.modules.keys():
         return
+    from transformers.utils.import_utils import is_bitsandbytes_available
+
     with _hidden(BITSANDBYTES):
-        import_module("peft")
-        for installed in _remembered():
-            installed()
+        from peft.import_utils import is_bnb_4bit_available
+
+        is_bnb_4bit_available()  # remembers what it returns, and what `is_bnb_available` does
+    is_bitsandbytes_available.cache_clear()  # an optimizer may come from the package
 
 
 def import_bitsandbytes() -> None:
-    """Import bitsandbytes, and let libraries look for it again.
+    """Import bitsandbytes, and let PEFT look for it again.
 
     Raises:
         ModuleNotFoundError: It is not installed.
     """
     import_module(BITSANDBYTES)  # transformers would only say that it is missing after reading every header
-    for installed in _remembered():
-        installed.cache_clear()
+    if "peft" in sys.modules:
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
-
-def _remembered() -> list[Any]:
-    """Return the functions of libraries that look once whether bitsandbytes is installed."""
-    from transformers.utils.import_utils import is_bitsandbytes_available
-
-    peft = sys.modules.get("peft.import_utils")
-    return [is_bitsandbytes_available, *([peft.is_bnb_available, peft.is_bnb_4bit_available] if peft else [])]
+        is_bnb_available.cache_clear()
+        is_bnb_4bit_available.cache_clear()

@@ -22,7 +22,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
-from tests.conftest import GOLDEN, ConfigWriter
+from tests.conftest import GOLDEN, ConfigWriter, first_in_make_test
 
 SEQUENCE = ["pathvqa", "pathvqa_slake-vqarad", "pathvqa_slake-vqarad_derm", "pathvqa_slake-vqarad_derm_PCAM"]
 MERGE_MODES = ("merge", "concatenate")
@@ -64,7 +64,7 @@ def patches() -> int:
 # --- merging -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", first_in_make_test(4, 1))
 def test_both_merge_modes_equal_the_unmerged_sum(count: int, tmp_path: Path) -> None:
     banks = [golden_bank(number) for number in range(count)]
     expected = unmerged(banks, tmp_path)

@@ -101,7 +101,7 @@ def test_a_bank_with_a_projector_is_peft_s_adapter(tmp_path: Path) -> None:
     assert bank_similarity({name: tmp_path / name / "adapter_model.safetensors" for name in ("bank", "peft")})
 
 
-@pytest.mark.parametrize("merge_mode", ["merge", "concatenate"])
+@pytest.mark.parametrize("merge_mode", first_in_make_test("merge", "concatenate"))
 def test_each_set_of_banks_answers_with_its_projector(merge_mode: str) -> None:
     first, second, plain = with_projector(0, 0.1), with_projector(1, 0.1), golden_bank(2)
     stack = BankStack(golden_base().model, merge_mode, reuse=True)

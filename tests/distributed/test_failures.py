@@ -128,7 +128,7 @@ def test_another_number_of_processes_inside_a_task(tiny_settings: dict[str, Any]
     assert bank_bytes(stream.run).keys() == {"pathvqa", "slake-vqarad"}
 
 
-@pytest.mark.parametrize("stage", ["ddp", "zero3"])
+@pytest.mark.parametrize("stage", first_in_make_test("zero3", "ddp"))
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -151,7 +151,7 @@ def test_an_error_on_one_rank_stops_all(
     assert [name for name in stream.checkpoints() if not name.startswith(".saving")] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("stage", ["ddp", "zero3"])
+@pytest.mark.parametrize("stage", first_in_make_test("ddp", "zero3"))
 def test_an_image_that_breaks_during_training_stops_all(
     stage: str, tiny_settings: dict[str, Any], tiny_data: Path, tmp_path: Path
 ) -> None:

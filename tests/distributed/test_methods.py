@@ -41,9 +41,9 @@ PROJECTOR = "projector"
 """`sequential` that trains the projector too."""
 BASES = ("inflora", "keeplora")
 """Methods that keep the basis of a space."""
-SHARED = ("each", "sequential", "incremental", "olora", "reglora", "hide_llava", "joint")
-"""Methods whose passes are those of mslora_cr: the cross entropy, with a penalty or without, and a router's statistics. `make test` leaves them to
-test_exactness.py."""
+SHARED = ("each", "sequential", "incremental", "olora", "reglora", "hide_llava", "joint", "mr_lora", "replay")
+"""Methods whose passes are those of mslora_cr: the cross entropy of a task's records and others, with a penalty or without,
+and a router's statistics. `make test` leaves them to test_exactness.py."""
 ACCUMULATED = ("lwf",)
 """In several micro-batches an update: what the trainer's own code averages over them."""
 

@@ -61,6 +61,8 @@ TRAINED = [method for method in method_names() if method not in ("zero_shot", "m
 BUILT_ALIKE = ("hide_llava", "mr_lora", "reglora", "keeplora", "olora", "incremental", "sd_lora")
 """Methods whose runs resume by what other methods do too: a router, a penalty without a state, a bank that starts
 otherwise. Here `make test` trains the first one alone; tests/distributed trains all of them."""
+WITHOUT_STATE = ("each", "sequential", "joint")
+"""Methods of which `make test` kills no run: they resume by the trainer's checkpoints alone, as mslora_cr's do."""
 BANKS = {"zero_shot": 0, "joint": 1}
 """How many banks a method trains, if not one per task."""
 TERMS = {
@@ -132,11 +134,11 @@ LOGGED = KillPoint("mslora_cr.training.callbacks:JsonLinesCallback.on_log", call
 @pytest.mark.parametrize(
     ("method", "point"),
     [
-        *((method, LOGGED) for method in TRAINED if method not in BUILT_ALIKE),
+        *((method, LOGGED) for method in TRAINED if method not in (*BUILT_ALIKE, *WITHOUT_STATE)),
         ("ewc", MEMORY_WRITTEN),
         ("replay", MEMORY_WRITTEN),
         *(pytest.param(method, MEMORY_WRITTEN, marks=pytest.mark.long) for method in ("inflora", "keeplora")),
-        *(pytest.param(method, LOGGED, marks=pytest.mark.long) for method in BUILT_ALIKE),
+        *(pytest.param(method, LOGGED, marks=pytest.mark.long) for method in (*BUILT_ALIKE, *WITHOUT_STATE)),
     ],
 )
 def test_a_killed_run_of_a_method_ends_in_the_same_files(

@@ -21,7 +21,7 @@ from mslora_cr.config.schema import ConfigError
 from mslora_cr.data.images import load_image
 from mslora_cr.models.language import beside_language, language_linears
 from mslora_cr.models.llava_med import load
-from tests.conftest import ConfigWriter
+from tests.conftest import ConfigWriter, first_in_make_test
 from tests.helpers.families import make
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -113,7 +113,7 @@ def test_a_banks_gradient_is_that_through_the_dequantised_base(
     assert (ours - expected).norm() / expected.norm() <= most
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", first_in_make_test(*BITS))
 def test_a_stream_is_trained_and_evaluated(bits: str, config_file: ConfigWriter, tmp_path: Path) -> None:
     """Two tasks, so that a frozen bank takes part; checkpointing on, as in the published configurations."""
     config = config_file()
@@ -210,7 +210,7 @@ ctypes.CDLL.__getattr__ = lambda self, name: (lambda: True) if name == "has_avx5
     ("opening", "warns"),
     [
         pytest.param("", True, marks=pytest.mark.long, id="by itself"),
-        pytest.param("import mslora_cr; mslora_cr.load", False, id="interface"),
+        pytest.param("import mslora_cr; mslora_cr.load", False, marks=pytest.mark.long, id="interface"),
         pytest.param("from mslora_cr.utils.logs import set_up; set_up()", False, marks=pytest.mark.long, id="commands"),
     ],
 )

@@ -62,6 +62,7 @@ POINTS = {
 
 FURTHER = {"before the first checkpoint", "after a checkpoint", "in the second task, before its first checkpoint"}
 FURTHER |= {"two checkpoints side by side", "in the ledger, checkpoints not yet removed", "between tasks"}
+FURTHER |= {"the bank saved, but not in the ledger", "while a checkpoint is written"}
 """Of which `make test` tries the neighbours."""
 
 

@@ -14,7 +14,7 @@ from mslora_cr.training.out_of_memory import NOTE, LayersNote, least_layers
 from mslora_cr.training.recomputation import Memory, layers_to_recompute
 from mslora_cr.training.trainer import BankTrainer
 from mslora_cr.utils.state import NewerError
-from tests.conftest import ConfigWriter, bank_bytes
+from tests.conftest import ConfigWriter, bank_bytes, first_in_make_test
 
 Trained = Callable[..., tuple[dict[str, bytes], str, str]]
 
@@ -36,7 +36,7 @@ def trained(config_file: ConfigWriter, tmp_path: Path) -> Trained:
     return run
 
 
-@pytest.mark.parametrize("setting", ["1", "auto"])
+@pytest.mark.parametrize("setting", first_in_make_test("auto", "1"))
 def test_any_number_of_layers_gives_the_same_banks(setting: str, trained: Trained, monkeypatch: Any) -> None:
     calls: dict[int, int] = {}
 
@@ -63,7 +63,7 @@ def test_any_number_of_layers_gives_the_same_banks(setting: str, trained: Traine
     ]
 
 
-@pytest.mark.parametrize("fails", [2, 17], ids=["in the first micro-batch", "in the second"])
+@pytest.mark.parametrize("fails", first_in_make_test(17, 2))  # in the second micro-batch, in the first
 def test_a_step_that_runs_out_of_memory_is_made_again_exactly(
     fails: int, trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

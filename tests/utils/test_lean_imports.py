@@ -15,6 +15,8 @@ assert main(["ask", config, "--task", "PCAM", "Is it?"]) == 0
 assert not {parts!r} & sys.modules.keys(), {parts!r} & sys.modules.keys()
 assert main(["train", config, "output_dir=" + folder]) == 0
 assert "bitsandbytes" not in sys.modules
+from transformers.utils.import_utils import is_bitsandbytes_available
+assert is_bitsandbytes_available()  # as an optimizer asks
 quantised = ("run=quantised", "tasks=[PCAM]", "method=each", "model.quantization=4bit", "output_dir=" + folder)
 assert main(["train", config, *quantised]) == 0
 """
