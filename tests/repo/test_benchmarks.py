@@ -50,7 +50,7 @@ RATIOS = {
 REPETITIONS = {"startup": 1, "memory": 1}
 """Fewer where every measurement is a process of its own."""
 LONG = {"startup", "memory", "scoring", "folding", "step"}
-THROUGH_ALL = "data"
+THROUGH_ALL = "folding"
 MORE = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"], "penalty": ["--profile"]}
 MORE["generation"] += ["--baseline-questions", "3", "--in-turn"]
 MORE["shared_images"] = ["--questions", "6", "--new-tokens", "4", "--patches", "4"]
