@@ -119,8 +119,6 @@ def upper_bound(share: Estimate, confidence: float = CONFIDENCE) -> float:
             alone = share.mean * (1 - share.mean) / (share.questions - 1)
             ratio = quantile(share.questions - 1.0) / quantile(share.freedom)
             number = share.questions / max(1.0, share.variance / alone) * min(1.0, ratio) ** 2
-    return (
-        1.0
-        if share.mean >= 1
-        else float(scipy.special.betaincinv(share.mean * number + 1, number * (1 - share.mean), confidence))
-    )
+    if share.mean >= 1:
+        return 1.0
+    return float(scipy.special.betaincinv(share.mean * number + 1, number * (1 - share.mean), confidence))
